@@ -1,0 +1,1046 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch==2.13.0", "numpy==2.4.6", "gymnasium[box2d,mujoco]==1.4.0", "mujoco==3.3.0", "tyro==1.0.17",
+#   "tensorboard==2.21.0", "tqdm==4.70.1", "matplotlib==3.11.2", "pillow==13.0.0",
+# ]
+# ///
+"""Q-switch Mixture of Policies (QMP) on Soft Actor-Critic: tasks share behaviour, and nothing else.
+
+Zhang, Jain, Hwang, Sun, Lim: "Efficient Multi-Task Reinforcement Learning via Selective Behavior Sharing", 2023,
+arXiv:2302.00671. Every task has its own SAC learner. At each environment step of task i all policies propose an action
+and the critic of task i picks the one that is executed: a task borrows another's behaviour where, by its own judgement,
+that pays. Training is plain SAC on task i's own data, so a bad loan costs samples and biases nothing.
+
+    Q-switch, behaviour policy (Sec. 4)      propose_actions, q_switch
+    soft policy evaluation / improvement     soft_target, critic_loss, actor_loss, temperature_loss, update
+    Divide-and-Conquer baseline              pairwise_kl, distill
+
+Differences from the paper, each explained in docs/qmp_sac.md:
+1. ReLU instead of tanh units, as in the authors' code (--activation tanh for the paper's table).
+2. Exactly --train-every steps per task and round, all tasks in lock-step; the authors' sampler collects whole episodes
+   and so favours low task indices once some tasks end early.
+3. The Q-switch scores the sampled actions with min(Q1, Q2), as the paper's text has it; the authors' code scores mean
+   actions with Q1 alone and executes a fresh sample (--switch-action mean --switch-q q1).
+4. The shared baselines draw the same number of transitions of each task for a batch, and keep all data.
+5. 1M environment steps by default instead of 12M (--total-timesteps 12_000_000).
+
+    python qmp_sac.py                                     # the ten-task maze, QMP
+    python qmp_sac.py --method separated --seed 2         # ten independent learners
+"""
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import math
+import os
+import random
+import signal
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import matplotlib
+import mujoco
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+matplotlib.use("Agg")                                     # pictures go to files: no screen needed
+import matplotlib.pyplot as plt  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------------------------------
+PRESETS = {  # the paper's Table 1 (see docs/qmp_sac.md); a setting left at None takes its value from here
+    "maze": dict(learning_starts=3_000, train_every=600, gradient_steps=100, batch_size=256, lr=3e-4),
+}
+TIED_LAYERS = {"shared": 3, "shared-multihead": 2, "qmp-multihead": 2}          # of 3; the other methods share none
+TIED_WIDTH = {"maze": 834}                                # about as many parameters as ten networks of width 256
+KL_WEIGHT = {"maze": {"dnc": 1e-3, "dnc-reg": 1e-4}}
+MIXTURE_WARMUP = {("maze", "qmp-multihead"): 100}
+
+
+@dataclass
+class Args:
+    env: Literal["maze"] = "maze"
+    """task family; each task of the family is one sub-environment"""
+    method: Literal["qmp", "separated", "shared", "qmp-uniform", "shared-multihead", "qmp-multihead", "dnc",
+                    "dnc-reg"] = "qmp"
+    """the paper's method, a baseline or an ablation (docs/qmp_sac.md says what each one is)"""
+    tasks: tuple[int, ...] | None = None
+    """indices of the tasks to train on, such as 0 4 8; None takes all of the family"""
+    seed: int = 1
+    """seeds every generator: networks, environments, replay, exploration"""
+    total_timesteps: int = 1_000_000
+    """environment steps, summed over tasks"""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """where the networks live; auto takes cuda if present, else cpu"""
+    eval_every: int = 60_000
+    """environment steps between evaluations"""
+    eval_episodes: int = 10
+    """episodes per task and evaluation: deterministic policy, separate environments, own generators"""
+    eval_mixture: bool = False
+    """also evaluate the behaviour policy (columns mixture/...): what task i could do with the help of the others"""
+    checkpoint_every: int = 120_000
+    """environment steps between checkpoints; one is always written at the end and on Ctrl-C or SIGTERM"""
+    runs_dir: Path = Path("runs")
+    """where run folders go"""
+    resume: Path | None = None
+    """run folder to go on from, to the same or a larger --total-timesteps"""
+    evaluate: Path | None = None
+    """run folder to load and evaluate; trains nothing and writes nothing but pictures asked for"""
+    capture_video: bool = False
+    """after training or with --evaluate: one animated picture of all tasks side by side"""
+
+    switch_action: Literal["sample", "mean"] = "sample"
+    """action that the Q-switch scores: the sampled one, which is executed (paper), or each policy's mean (authors' code)"""
+    switch_q: Literal["min", "q1"] = "min"
+    """critic that scores: the smaller of the twins, or the first alone (authors' code)"""
+    mixture_warmup: int | None = None
+    """rounds of --train-every steps with the own policy before the mixture acts; None: 100 for qmp-multihead, else 0"""
+    learning_starts: int | None = None
+    """transitions per task before the first update"""
+    train_every: int | None = None
+    """environment steps per task between two rounds of updates"""
+    gradient_steps: int | None = None
+    """updates per task in a round; a network shared by T tasks takes T times as many steps, on batches 1/T per task"""
+    batch_size: int | None = None
+    """transitions per task per update; per update in all where tasks share a network"""
+    buffer_size: int = 1_000_000
+    """replay capacity per task, transitions"""
+    hidden_size: int | None = None
+    """width of the two hidden layers; None: 256, or the width that makes a shared network as large as all separate ones"""
+    activation: Literal["relu", "tanh"] = "relu"
+    """hidden units: relu (authors' code) or tanh (paper)"""
+    lr: float | None = None
+    """Adam step size of policies, critics and temperatures"""
+    gamma: float = 0.99
+    """discount factor"""
+    tau: float = 0.005
+    """Polyak coefficient: the share of the online critics that enters the targets at each update"""
+    alpha: float | None = None
+    """entropy temperature [reward per nat]; None learns one per task, towards a target entropy of -dim(action)"""
+    kl_weight: float | None = None
+    """weight of the KL to every other task's policy, paper: beta; None: 1e-3 for dnc, 1e-4 for dnc-reg"""
+    distill_every: int | None = None
+    """environment steps between two distillations (dnc); None: a tenth of the run"""
+    distill_steps: int = 500
+    """minibatches per distillation"""
+    distill_target: Literal["replay", "policy"] = "replay"
+    """what the common policy imitates: replayed actions (authors' code), or each task's policy on its own states"""
+
+    def __post_init__(self):
+        for name, value in PRESETS[self.env].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.hidden_size is None:
+            self.hidden_size = TIED_WIDTH[self.env] if self.method in TIED_LAYERS else 256
+        if self.kl_weight is None:
+            self.kl_weight = KL_WEIGHT[self.env].get(self.method, 0.0)
+        if self.mixture_warmup is None:
+            self.mixture_warmup = MIXTURE_WARMUP.get((self.env, self.method), 0)
+        if self.distill_every is None:
+            self.distill_every = max(1, self.total_timesteps // 10)
+        for name in ("total_timesteps", "eval_every", "eval_episodes", "checkpoint_every", "train_every",
+                     "gradient_steps", "batch_size", "buffer_size", "hidden_size", "distill_every", "distill_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        family = range(len(TASKS[self.env]))
+        if self.tasks is not None and (not self.tasks or not set(self.tasks) <= set(family)):
+            raise ValueError(f"--tasks takes indices from 0 to {family[-1]} for --env {self.env}, got {self.tasks}")
+        if self.method in TIED_LAYERS and self.batch_size < len(self.tasks or family):
+            raise ValueError(f"--batch-size {self.batch_size} holds less than one transition per task; "
+                             f"use at least {len(self.tasks or family)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Environments
+# ---------------------------------------------------------------------------------------------------------------------
+MAZE = ("############", "#....#.....#", "#.##.#.#.#.#", "#......#...#", "#.####.###.#", "#..#.#.....#",
+        "##.#.#.#.###", "#..#...#...#", "############")    # D4RL's large maze; row = x axis, column = y axis
+MAZE_TASKS = [((1, 3), (5, 8)), ((1, 10), (2, 4)), ((4, 1), (1, 7)), ((7, 4), (4, 10)), ((1, 3), (7, 4)),
+              ((1, 7), (7, 10)), ((5, 4), (7, 9)), ((7, 1), (2, 6)), ((1, 2), (3, 10)), ((7, 2), (6, 8))]  # start, goal
+TASKS = {"maze": [f"task{i}" for i in range(len(MAZE_TASKS))]}
+HORIZON = {"maze": 600}
+
+
+@cache
+def maze_model() -> mujoco.MjModel:
+    """The point mass in D4RL's large maze. Cell (row, col) has its centre at world (row + 1, col + 1)."""
+    walls = "".join(f'<geom type="box" pos="{row + 1} {col + 1} 0" size=".5 .5 .2"/>'
+                    for row, line in enumerate(MAZE) for col, cell in enumerate(line) if cell == "#")
+    return mujoco.MjModel.from_xml_string(f"""
+    <mujoco>
+      <option timestep="0.01" gravity="0 0 0" iterations="20" integrator="Euler"/>
+      <default>
+        <geom condim="1" margin=".002" friction=".5 .1 .1" contype="2" conaffinity="1" density="1000"/>
+        <joint type="slide" damping="1" limited="false"/>
+        <motor gear="100" ctrllimited="true" ctrlrange="-1 1"/>
+      </default>
+      <worldbody>
+        <geom type="plane" pos="0 0 -.1" size="40 40 .25" contype="1" conaffinity="0"/>
+        {walls}
+        <body name="particle" pos="1.2 1.2 0">
+          <geom type="sphere" size=".1" contype="1"/>
+          <joint name="x" axis="1 0 0"/>
+          <joint name="y" axis="0 1 0"/>
+        </body>
+      </worldbody>
+      <actuator><motor joint="x"/><motor joint="y"/></actuator>
+    </mujoco>""")
+
+
+class MazeEnv(gym.Env):
+    """One task of the maze: push a point mass (4.19 kg) from `start` to within 0.5 m of `goal`.
+
+    Observation (4,): position and velocity [m, m/s], without the goal. Action (2,): force / 100 N, clipped to +-1.
+    Reward exp(-distance) - 1 is below 0 at every step, so reaching the goal, which ends the episode, is what pays.
+    """
+    metadata = {"render_modes": ["rgb_array"]}
+    max_speed = 5.0                                       # m/s along each axis, enforced before each simulation step
+
+    def __init__(self, start: tuple[int, int], goal: tuple[int, int]):
+        self.model, self.data = maze_model(), mujoco.MjData(maze_model())
+        self.start, self.goal = np.array(start, float), np.array(goal, float)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (4,), np.float32)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
+        self.render_mode = "rgb_array"
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        mujoco.mj_resetData(self.model, self.data)
+        self.data.qpos[:] = self.start + self.np_random.uniform(-0.1, 0.1, 2)
+        self.data.qvel[:] = 0.1 * self.np_random.standard_normal(2)
+        return self._obs(), {"success": False}
+
+    def step(self, action):
+        self.data.ctrl[:] = np.clip(action, -1.0, 1.0)
+        self.data.qvel[:] = np.clip(self.data.qvel, -self.max_speed, self.max_speed)
+        mujoco.mj_step(self.model, self.data)
+        distance = float(np.linalg.norm(self.data.qpos - self.goal))
+        success = distance <= 0.5
+        return self._obs(), math.exp(-distance) - 1.0, success, False, {"success": success}
+
+    def _obs(self) -> np.ndarray:
+        return np.concatenate([self.data.qpos, self.data.qvel]).astype(np.float32)
+
+    def get_state(self) -> list[float]:
+        """All that the next step of the simulator reads, warm start of its solver included."""
+        state = np.empty(mujoco.mj_stateSize(self.model, mujoco.mjtState.mjSTATE_INTEGRATION))
+        mujoco.mj_getState(self.model, self.data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
+        return state.tolist()
+
+    def set_state(self, state: list[float]) -> None:
+        mujoco.mj_setState(self.model, self.data, np.array(state), mujoco.mjtState.mjSTATE_INTEGRATION)
+
+    def render(self, scale: int = 16) -> np.ndarray:
+        """Seen from above, rows downwards, uint8 RGB: walls, the goal's disc and the point mass."""
+        image = np.where(np.array([list(line) for line in MAZE])[..., None] == "#", 70, 245).astype(np.uint8)
+        image = image.repeat(scale, 0).repeat(scale, 1).repeat(3, 2)
+        row, col = np.indices(image.shape[:2]) / scale - 0.5 - 0.2   # pixel -> qpos, whose origin is 0.2 off-centre
+        for centre, radius, colour in ((self.goal, 0.5, (110, 190, 120)), (self.data.qpos, 0.2, (200, 50, 50))):
+            image[(row - centre[0]) ** 2 + (col - centre[1]) ** 2 <= radius**2] = colour
+        return image
+
+
+def make_env(args: Args, task: int) -> gym.Env:
+    """Task `task` of the family, with its time limit as truncation and with the statistics of its episodes."""
+    env = MazeEnv(*MAZE_TASKS[task])
+    env = gym.wrappers.TimeLimit(env, HORIZON[args.env])
+    return gym.wrappers.RecordEpisodeStatistics(env)
+
+
+def make_envs(args: Args, task_ids: list[int]) -> SyncVectorEnv:
+    """One sub-environment per task; a finished one restarts in the same step, its last observation in `infos`."""
+    return SyncVectorEnv([partial(make_env, args, task) for task in task_ids], autoreset_mode=AutoresetMode.SAME_STEP)
+
+
+def true_next_obs(next_obs: np.ndarray, infos: dict) -> np.ndarray:
+    """Undo SAME_STEP autoreset: the observation each action led to, (T, O)."""
+    true_obs = next_obs.copy()
+    for i in np.flatnonzero(infos.get("_final_obs", ())):
+        true_obs[i] = infos["final_obs"][i]               # the other entries of final_obs are None
+    return true_obs
+
+
+def finished_episodes(infos: dict):
+    """Yield (task, undiscounted return, length in steps, success) of each episode that ended on this step."""
+    final = infos.get("final_info", {})                   # a dict of arrays
+    for i in np.flatnonzero(final.get("_episode", ())):
+        yield int(i), float(final["episode"]["r"][i]), int(final["episode"]["l"][i]), float(final["success"][i])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks
+# ---------------------------------------------------------------------------------------------------------------------
+class TaskMLP(nn.Module):
+    """One MLP per task, all of them evaluated at once.
+
+    A layer is a stack of matrices, (T, in, out), one per task, or a single one, (1, in, out), for the first `tied`
+    layers, which all tasks share: tied = 0 gives independent networks, tied = all of them one network for all tasks,
+    anything between a shared trunk with a head per task.
+    """
+
+    def __init__(self, num_tasks: int, sizes: list[int], tied: int = 0, activation: str = "relu",
+                 init=nn.init.xavier_uniform_):
+        super().__init__()
+        self.activation = getattr(torch, activation + "_")
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for layer, (n_in, n_out) in enumerate(zip(sizes[:-1], sizes[1:])):
+            weight = torch.empty(1 if layer < tied else num_tasks, n_in, n_out)
+            for matrix in weight:
+                init(matrix)
+            self.weights.append(weight)
+            self.biases.append(torch.zeros(len(weight), 1, n_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, B, in) -> (T, B, out): row i of the first axis goes through network i."""
+        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases)):
+            x = torch.baddbmm(bias, x, weight) if len(weight) == len(x) else x @ weight[0] + bias[0]
+            if layer < len(self.weights) - 1:
+                x = self.activation(x)
+        return x
+
+
+class Actor(nn.Module):
+    """Gaussian policies before the tanh, one per task."""
+
+    def __init__(self, num_tasks: int, obs_size: int, action_size: int, hidden: int, tied: int, activation: str):
+        super().__init__()
+        self.net = TaskMLP(num_tasks, [obs_size, hidden, hidden, 2 * action_size], tied, activation)
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, B, O) -> mean and log standard deviation, (T, B, A) each."""
+        mean, log_std = self.net(obs).chunk(2, dim=-1)
+        return mean, log_std.clamp(-20.0, 2.0)
+
+
+class Critic(nn.Module):
+    """Soft Q-functions, one per task."""
+
+    def __init__(self, num_tasks: int, obs_size: int, action_size: int, hidden: int, tied: int, activation: str):
+        super().__init__()
+        self.net = TaskMLP(num_tasks, [obs_size + action_size, hidden, hidden, 1], tied, activation,
+                           nn.init.xavier_normal_)
+
+    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
+        """(T, B, O) and (T, B, A) -> (T, B)."""
+        return self.net(torch.cat([obs, actions], dim=-1)).squeeze(-1)
+
+
+class Learners(nn.Module):
+    """All that SAC trains for T tasks: policies, twin critics with their targets, temperatures, optimizers.
+
+    Independent learners are stacked: one Adam over (T, ...) tensors is T independent Adams, since Adam acts on each
+    number by itself, and the sum of per-task losses gives each task its own gradient.
+    """
+
+    def __init__(self, args: Args, num_tasks: int, obs_size: int, action_size: int):
+        super().__init__()
+        tied = TIED_LAYERS.get(args.method, 0)
+        sizes = (num_tasks, obs_size, action_size, args.hidden_size, tied, args.activation)
+        self.actor, self.qf1, self.qf2 = Actor(*sizes), Critic(*sizes), Critic(*sizes)
+        self.qf1_target, self.qf2_target = copy.deepcopy(self.qf1), copy.deepcopy(self.qf2)
+        self.log_alpha = nn.Parameter(torch.full((1 if tied == 3 else num_tasks,), math.log(args.alpha or 1.0)))
+        self.target_entropy = -float(action_size)
+
+    def make_optimizers(self, lr: float) -> dict[str, torch.optim.Optimizer]:
+        """One Adam each for policies, critics and temperatures."""
+        params = {"actor": self.actor.parameters(), "alpha": [self.log_alpha],
+                  "critic": [*self.qf1.parameters(), *self.qf2.parameters()]}
+        return {name: torch.optim.Adam(p, lr=lr, fused=True) for name, p in params.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Replay buffer
+# ---------------------------------------------------------------------------------------------------------------------
+class ReplayBuffer:
+    """The last `capacity` transitions of each task, one row (obs, action, reward, next_obs, termination) per transition."""
+
+    def __init__(self, num_tasks: int, capacity: int, obs_size: int, action_size: int, device: torch.device):
+        self.widths = [obs_size, action_size, 1, obs_size, 1]
+        self.data = torch.zeros(num_tasks, capacity, sum(self.widths), device=device)
+        self.tasks = torch.arange(num_tasks, device=device)[:, None]
+        self.num_added = 0                                # per task: all tasks add at the same time
+
+    def __len__(self) -> int:
+        return min(self.num_added, self.data.shape[1])
+
+    def add(self, obs, actions, rewards, next_obs, terminations) -> None:
+        """Append one transition per task: (T, O), (T, A), (T,), (T, O), (T,). Truncation is no termination."""
+        row = np.concatenate([obs, actions, rewards[:, None], next_obs, terminations[:, None]], axis=1, dtype=np.float32)
+        self.data[:, self.num_added % self.data.shape[1]] = torch.from_numpy(row).to(self.data.device)
+        self.num_added += 1
+
+    def sample(self, rng: np.random.Generator, batch_size: int) -> list[Tensor]:
+        """Draw uniformly, for each task its own: obs (T, B, O), actions, rewards (T, B), next_obs, terminations."""
+        index = torch.from_numpy(rng.integers(len(self), size=(len(self.data), batch_size))).to(self.data.device)
+        obs, actions, rewards, next_obs, terminations = self.data[self.tasks, index].split(self.widths, dim=-1)
+        return [obs, actions, rewards.squeeze(-1), next_obs, terminations.squeeze(-1)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method
+# ---------------------------------------------------------------------------------------------------------------------
+def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Action tanh(mean + std * noise) with its log-probability [nats]: (..., A) -> (..., A), (...)."""
+    actions = torch.tanh(mean + log_std.exp() * noise)
+    gaussian = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    return actions, (gaussian - torch.log(1 - actions.square() + 1e-6)).sum(-1)
+
+
+def propose_actions(actor: Actor, obs: Tensor) -> tuple[Tensor, Tensor]:
+    """Every policy's sample and mean action in every task's state, (T states, T policies, A) each.
+
+    Args:
+        obs: one observation per task, (T, O).
+    """
+    mean, log_std = actor(obs.expand(len(obs), *obs.shape))            # (T policies, T states, A)
+    actions, _ = squash(mean, log_std, torch.randn_like(mean))
+    return actions.transpose(0, 1), mean.tanh().transpose(0, 1)
+
+
+def q_switch(obs: Tensor, proposals: Tensor, qf1: Critic, qf2: Critic | None) -> Tensor:
+    """Index of the proposal that each task's own critic likes best (Sec. 4, Q-switch); ties go to the lowest index.
+
+    Args:
+        obs: one observation per task, (T, O).
+        proposals: candidate actions, row i for task i, (T, J, A).
+        qf2: twin whose smaller value counts; None scores with `qf1` alone.
+    Returns:
+        (T,) int64 in [0, J).
+    """
+    obs = obs[:, None].expand(-1, proposals.shape[1], -1)              # (T, J, O)
+    scores = qf1(obs, proposals)                                       # (T, J): Q_i(s_i, a_j)
+    if qf2 is not None:
+        scores = torch.min(scores, qf2(obs, proposals))
+    return scores.argmax(dim=1)
+
+
+@torch.no_grad()
+def behave(args: Args, learners: Learners, obs: Tensor, own_policy: bool) -> tuple[Tensor, Tensor]:
+    """Actions to execute, (T, A), and the policy each one came from, (T,): the only thing that QMP changes in SAC."""
+    tasks = torch.arange(len(obs), device=obs.device)
+    if own_policy or args.method not in ("qmp", "qmp-multihead", "qmp-uniform"):
+        mean, log_std = learners.actor(obs[:, None])                   # (T, 1, A)
+        return squash(mean, log_std, torch.randn_like(mean))[0].squeeze(1), tasks
+    samples, means = propose_actions(learners.actor, obs)
+    if args.method == "qmp-uniform":
+        chosen = torch.randint(len(obs), (len(obs),), device=obs.device)
+    else:
+        scored = samples if args.switch_action == "sample" else means
+        chosen = q_switch(obs, scored, learners.qf1, learners.qf2 if args.switch_q == "min" else None)
+    return samples[tasks, chosen], chosen
+
+
+def soft_target(rewards: Tensor, terminations: Tensor, next_q: Tensor, next_log_prob: Tensor, alpha: Tensor,
+                gamma: float) -> Tensor:
+    """Regression target of the critics, r + gamma (1 - termination) (Q' - alpha log pi'): (T, B), alpha (T, 1)."""
+    return rewards + gamma * (1 - terminations) * (next_q - alpha * next_log_prob)
+
+
+def critic_loss(q1: Tensor, q2: Tensor, target: Tensor) -> Tensor:
+    """Mean squared errors of both twins, summed: (T, B) -> (T,)."""
+    return ((q1 - target).square() + (q2 - target).square()).mean(1)
+
+
+def actor_loss(q: Tensor, log_prob: Tensor, alpha: Tensor) -> Tensor:
+    """What the policy minimises, alpha log pi - Q: (T, B) -> (T,)."""
+    return (alpha * log_prob - q).mean(1)
+
+
+def temperature_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
+    """Its gradient raises alpha while the entropy is below the target: (T, B) -> (T,)."""
+    return -log_alpha * (log_prob + target_entropy).mean(1)
+
+
+def pairwise_kl(mean: Tensor, log_std: Tensor) -> Tensor:
+    """KL(pi_j || pi_i) of the Gaussians before the tanh, averaged over states and action dimensions.
+
+    Args:
+        mean, log_std: all policies in the same states, (T, S, A).
+    Returns:
+        (T, T), entry (i, j). Gradients reach policy i only: policy j is a constant in i's loss.
+    """
+    mean_i, log_std_i = mean[:, None], log_std[:, None]                # (T, 1, S, A)
+    mean_j, log_std_j = mean.detach()[None], log_std.detach()[None]    # (1, T, S, A)
+    log_ratio = 2 * (log_std_j - log_std_i)
+    shift = (mean_j - mean_i) / log_std_i.exp()
+    return 0.5 * (log_ratio.exp() + shift.square() - 1 - log_ratio).mean((2, 3))
+
+
+def update(args: Args, learners: Learners, optimizers: dict, batch: list[Tensor]) -> dict[str, Tensor]:
+    """One SAC step for every task: critics, policies, temperatures, targets. Returns the losses, (T,) each.
+
+    Losses are summed over tasks: independent learners get their own gradients, shared layers the sum.
+    """
+    obs, actions, rewards, next_obs, terminations = batch
+    alpha = learners.log_alpha.detach().exp()[:, None]                 # (T, 1), or (1, 1) if all layers are shared
+
+    with torch.no_grad():
+        mean, log_std = learners.actor(next_obs)
+        next_actions, next_log_prob = squash(mean, log_std, torch.randn_like(mean))
+        next_q = torch.min(learners.qf1_target(next_obs, next_actions), learners.qf2_target(next_obs, next_actions))
+        target = soft_target(rewards, terminations, next_q, next_log_prob, alpha, args.gamma)
+    q_loss = critic_loss(learners.qf1(obs, actions), learners.qf2(obs, actions), target)
+    step(optimizers["critic"], q_loss)
+
+    mean, log_std = learners.actor(obs)
+    pi, log_prob = squash(mean, log_std, torch.randn_like(mean))
+    learners.qf1.requires_grad_(False), learners.qf2.requires_grad_(False)     # the gradient passes through, at half cost
+    pi_loss = actor_loss(torch.min(learners.qf1(obs, pi), learners.qf2(obs, pi)), log_prob, alpha)
+    learners.qf1.requires_grad_(True), learners.qf2.requires_grad_(True)
+    losses = {"critic": q_loss, "actor": pi_loss}
+    if args.method in ("dnc", "dnc-reg"):
+        states = obs[:, :max(1, obs.shape[1] // len(obs))].flatten(0, 1)       # every task's, (S, O)
+        losses["kl"] = pairwise_kl(*learners.actor(states.expand(len(obs), *states.shape))).sum(1)
+        pi_loss = pi_loss + args.kl_weight * losses["kl"]
+    step(optimizers["actor"], pi_loss)
+
+    if args.alpha is None:
+        step(optimizers["alpha"], temperature_loss(learners.log_alpha, log_prob.detach(), learners.target_entropy))
+
+    with torch.no_grad():
+        for online, targets in ((learners.qf1, learners.qf1_target), (learners.qf2, learners.qf2_target)):
+            for param, target_param in zip(online.parameters(), targets.parameters()):
+                target_param.lerp_(param, args.tau)                            # keeps 1 - tau of the old target
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+def step(optimizer: torch.optim.Optimizer, losses: Tensor) -> None:
+    """Descend the sum of the tasks' losses, (T,)."""
+    optimizer.zero_grad()
+    losses.sum().backward()
+    optimizer.step()
+
+
+def distill(args: Args, learners: Learners, centroid: Actor, optimizer: torch.optim.Optimizer, buffer: ReplayBuffer,
+            rng: np.random.Generator) -> None:
+    """Fit one policy to all tasks' behaviour and restart every policy from it (Divide-and-Conquer).
+
+    `centroid` is an Actor for one task with its own Adam; both live as long as the run. Critics, temperatures and the
+    policies' optimizers stay as they are.
+    """
+    num_tasks = len(buffer.data)
+    for _ in range(args.distill_steps):
+        obs, actions, *_ = buffer.sample(rng, max(1, args.batch_size // num_tasks))
+        mean, log_std = centroid(obs.flatten(0, 1)[None])              # (1, T * B, A)
+        if args.distill_target == "replay":                            # maximum likelihood of the replayed actions
+            raw = torch.atanh(actions.flatten(0, 1)[None].clamp(-1 + 1e-6, 1 - 1e-6))
+            noise = (raw - mean) / log_std.exp()
+            loss = -squash(mean, log_std, noise)[1].mean(1)
+        else:                                                          # KL(pi_i || centroid) on task i's states
+            with torch.no_grad():
+                teacher_mean, teacher_log_std = (x.flatten(0, 1)[None] for x in learners.actor(obs))
+            log_ratio = 2 * (teacher_log_std - log_std)
+            shift = (teacher_mean - mean) / log_std.exp()
+            loss = 0.5 * (log_ratio.exp() + shift.square() - 1 - log_ratio).mean((1, 2))
+        step(optimizer, loss)
+    with torch.no_grad():
+        for param, common in zip(learners.actor.parameters(), centroid.parameters()):
+            param.copy_(common.expand_as(param))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+def train(args: Args) -> Path | None:
+    """Collect with the behaviour policy, update every learner, evaluate; returns the run folder."""
+    # Set-up ------------------------------------------------------------------------------------------------
+    device = pick_device(args.device)
+    random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)                             # replay indices
+    task_ids = list(args.tasks or range(len(TASKS[args.env])))
+    num_tasks, names = len(task_ids), [TASKS[args.env][task] for task in task_ids]
+    envs = make_envs(args, task_ids)
+    obs, _ = envs.reset(seed=args.seed)                                # (T, O); sub-environment i gets seed + i
+    obs_size, action_size = obs.shape[1], envs.single_action_space.shape[0]
+
+    learners = Learners(args, num_tasks, obs_size, action_size).to(device)
+    optimizers = learners.make_optimizers(args.lr)
+    centroid = Actor(1, obs_size, action_size, args.hidden_size, 0, args.activation).to(device)   # dnc only
+    if args.method == "dnc":
+        with torch.no_grad():
+            for param, first in zip(centroid.parameters(), learners.actor.parameters()):
+                param.copy_(first[:1])
+    optimizers["centroid"] = torch.optim.Adam(centroid.parameters(), lr=args.lr, fused=True)
+
+    def greedy(obs: np.ndarray) -> np.ndarray:
+        """Each task's own policy without noise: nothing of another task is consulted."""
+        with torch.no_grad():
+            return learners.actor(torch.as_tensor(obs, device=device)[:, None])[0].tanh().squeeze(1).cpu().numpy()
+
+    def mixture(obs: np.ndarray) -> np.ndarray:
+        return behave(args, learners, torch.as_tensor(obs, device=device), own_policy=False)[0].cpu().numpy()
+
+    if args.evaluate:
+        learners.load_state_dict(load_checkpoint(args.evaluate)["learners"])
+        evaluation = evaluate(args, task_ids, greedy, frames=args.capture_video)
+        print_table(names, evaluation)
+        if args.capture_video:
+            save_animation(args.evaluate / "tasks.gif", names, evaluation["frames"])
+        return args.evaluate
+
+    capacity = min(args.buffer_size, -(-args.total_timesteps // num_tasks))
+    buffer = ReplayBuffer(num_tasks, capacity, obs_size, action_size, device)
+    counts = torch.zeros(num_tasks, num_tasks, dtype=torch.int64)      # steps of task i taken by policy j, whole run
+    recent = torch.zeros_like(counts)                                  # the same since the last evaluation
+    global_step = 0
+    if args.resume:
+        state = load_checkpoint(args.resume)
+        learners.load_state_dict(state["learners"])
+        centroid.load_state_dict(state["centroid"])
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        buffer.num_added = state["num_added"]
+        buffer.data[:, :len(buffer)] = state["buffer"].to(device)
+        counts, recent, global_step = state["counts"], state["recent"], state["global_step"]
+        obs = set_env_state(envs, state["envs"], obs)
+        set_generators(state["generators"], rng)
+    run = Run(args, names, global_step, state["seconds"] if args.resume else 0.0)
+    losses = defaultdict(list)
+
+    def save() -> None:
+        run.save_checkpoint(dict(
+            learners=learners.state_dict(), centroid=centroid.state_dict(), num_added=buffer.num_added,
+            optimizers={name: optimizer.state_dict() for name, optimizer in optimizers.items()},
+            buffer=buffer.data[:, :len(buffer)].cpu(), counts=counts, recent=recent, global_step=global_step,
+            envs=get_env_state(envs, obs), generators=get_generators(rng)))
+
+    while global_step < args.total_timesteps and not run.stop_signal:
+        # Divide-and-Conquer: all policies restart from their common one -------------------------------------
+        if args.method == "dnc" and crossed(global_step - num_tasks, global_step, args.distill_every):
+            distill(args, learners, centroid, optimizers["centroid"], buffer, rng)
+
+        # Act: in every task the policy that its own critic prefers ------------------------------------------
+        warmup_end = args.learning_starts + args.mixture_warmup * args.train_every
+        own_policy = args.mixture_warmup > 0 and global_step < num_tasks * warmup_end
+        actions, chosen = behave(args, learners, torch.as_tensor(obs, device=device), own_policy)
+        actions = actions.cpu().numpy()
+        counts[range(num_tasks), chosen.cpu()] += 1
+        recent[range(num_tasks), chosen.cpu()] += 1
+
+        # Step every task once, log what ended, store --------------------------------------------------------
+        next_obs, rewards, terminations, truncations, infos = envs.step(actions)
+        previous_step, global_step = global_step, global_step + num_tasks
+        for task, episodic_return, length, success in finished_episodes(infos):
+            run.log_episode(task, episodic_return, length, success)
+        buffer.add(obs, actions, rewards, true_next_obs(next_obs, infos), terminations)
+        obs = next_obs
+
+        # Update: plain SAC on every task's own data ---------------------------------------------------------
+        new_round = crossed(previous_step, global_step, num_tasks * args.train_every)
+        if new_round and global_step > num_tasks * args.learning_starts:
+            shared = args.method in TIED_LAYERS
+            for _ in range(args.gradient_steps * (num_tasks if shared else 1)):
+                batch = buffer.sample(rng, args.batch_size // num_tasks if shared else args.batch_size)
+                for name, loss in update(args, learners, optimizers, batch).items():
+                    losses[name].append(loss)
+            means = {name: torch.stack(values).mean(0).cpu() for name, values in losses.items()}
+            losses.clear()
+            check_finite(global_step, means | dict(learners.named_parameters()))
+            run.log_per_task("losses", means, global_step)
+            run.log({"method/alpha": learners.log_alpha.exp().mean().item()}, global_step)
+        if new_round:
+            run.log_round(global_step)
+
+        # Evaluate, save -------------------------------------------------------------------------------------
+        if crossed(previous_step, global_step, args.eval_every) or global_step >= args.total_timesteps:
+            evaluation = evaluate(args, task_ids, greedy)
+            own = recent.diagonal() / recent.sum(1)
+            columns = {f"{name}/own_share": share.item() for name, share in zip(names, own)}
+            if args.eval_mixture:
+                helped = evaluate(args, task_ids, mixture)
+                columns |= {"mixture/return": helped["returns"].mean(), "mixture/success": helped["successes"].mean()}
+            run.log({"method/own_share": own.mean().item()}, global_step)
+            run.log_evaluation(global_step, evaluation, columns)
+            recent.zero_()
+        if crossed(previous_step, global_step, args.checkpoint_every):
+            save()
+
+    # Finish --------------------------------------------------------------------------------------------------
+    if not run.saved_at == global_step:
+        save()
+    if not run.stop_signal:
+        evaluation = evaluate(args, task_ids, greedy, frames=args.capture_video)
+        plot_mixture(run.dir / "mixture.png", counts, names)
+        np.savetxt(run.dir / "mixture.csv", counts.numpy() / counts.sum(1, keepdim=True).numpy(), "%.6f", ",",
+                   header=",".join(names))
+        plot_paths(run.dir / "paths.png", task_ids, names, evaluation["paths"])
+        if args.capture_video:
+            save_animation(run.dir / "tasks.gif", names, evaluation["frames"])
+        print_table(names, evaluation)
+    run.close()
+    return run.dir
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures of the method
+# ---------------------------------------------------------------------------------------------------------------------
+def plot_mixture(path: Path, counts: Tensor, names: list[str]) -> None:
+    """Who borrows from whom: row i, column j is the share of task i's steps that policy j took (the paper's Fig. 5).
+
+    Args:
+        counts: steps of task i taken by policy j, (T, T). The diagonal is a column of its own, or it would hide the rest.
+    """
+    share = counts.double() / counts.sum(1, keepdim=True).clamp(min=1)
+    own, lent = share.diagonal()[:, None], share.clone().fill_diagonal_(0)
+    figure, axes = plt.subplots(1, 2, figsize=(2.5 + 0.75 * len(names), 1.2 + 0.5 * len(names)),
+                                width_ratios=[len(names), 1], layout="constrained")
+    for axis, values, top, title in ((axes[0], lent, float(lent.max()) or 1.0, "share of steps borrowed"),
+                                     (axes[1], own, 1.0, "own policy")):
+        axis.imshow(values, vmin=0, vmax=top, cmap="Blues", aspect="auto")
+        for (row, column), value in np.ndenumerate(values.numpy()):
+            if values is own or row != column:
+                axis.text(column, row, f"{100 * value:.0f}%", ha="center", va="center", fontsize=8,
+                          color="white" if value > 0.6 * top else "black")
+        axis.set_title(title, fontsize=9)
+        axis.set_yticks(range(len(names)), names if axis is axes[0] else [])
+    axes[0].set_xticks(range(len(names)), names, rotation=45)
+    axes[1].set_xticks([])
+    axes[0].set(xlabel="policy that acted", ylabel="task that was acted in")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_paths(path: Path, task_ids: list[int], names: list[str], paths: list[np.ndarray]) -> None:
+    """The first evaluation episode of each task, drawn into the maze: dot = start, star = goal."""
+    figure, axis = plt.subplots(figsize=(9, 6), layout="constrained")
+    axis.imshow(np.array([[cell == "#" for cell in line] for line in MAZE]), cmap="Greys", vmax=1.6)
+    for i, (task, points) in enumerate(zip(task_ids, paths)):
+        colour, goal = plt.cm.tab10(task), np.array(MAZE_TASKS[task][1]) + 0.2
+        row, column = points[:, :2].T + 0.2                            # qpos is 0.2 off the cells' centres
+        reached = math.dist((row[-1], column[-1]), goal) <= 0.5
+        axis.plot(column, row, color=colour, linewidth=1.6, label=names[i] + ("" if reached else " (not reached)"))
+        axis.plot(column[0], row[0], "o", color=colour)
+        axis.plot(goal[1], goal[0], "*", color=colour, markersize=14, markeredgecolor="black", markeredgewidth=0.5)
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    axis.set(xlabel="column", ylabel="row", title="paths of the evaluated policies")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shared blocks: the same text in every script
+# ---------------------------------------------------------------------------------------------------------------------
+class Failure(Exception):
+    """What the user can mend: shown as one message without traceback, then the program ends with `status`."""
+
+    def __init__(self, message: str, status: int = 2):
+        super().__init__(message)
+        self.status = status
+
+
+def crossed(before: int, after: int, period: int) -> bool:
+    """Whether a multiple of `period` lies in (before, after]: the step counter grows by more than one."""
+    return after // period > before // period
+
+
+def pick_device(name: str) -> torch.device:
+    """auto takes cuda if present, else cpu."""
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = "cuda" if present["cuda"] else "cpu"
+    if not present[name]:
+        raise Failure(f"--device {name}: this machine has none that PyTorch {torch.__version__} can use; "
+                      f"use one of auto, {', '.join(device for device in present if present[device])}")
+    return torch.device(name)
+
+
+def check_finite(global_step: int, tensors: dict[str, Tensor]) -> None:
+    """Stop on a loss or parameter that is not finite; the last checkpoint is older and good."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise Failure(f"{name} is not finite at step {global_step}; the checkpoint before it is intact. "
+                          "A smaller --lr is the usual remedy", status=1)
+
+
+def get_generators(rng: np.random.Generator) -> dict:
+    """State of every generator that training draws from."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"numpy": json.dumps(rng.bit_generator.state), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_generators(state: dict, rng: np.random.Generator) -> None:
+    """Undo `get_generators`."""
+    rng.bit_generator.state = json.loads(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+COUNTERS = ("_elapsed_steps", "episode_returns", "episode_lengths")    # of TimeLimit and RecordEpisodeStatistics
+
+
+def get_env_state(envs: SyncVectorEnv, obs: np.ndarray) -> dict | None:
+    """What the next step of each sub-environment reads; None where a simulator cannot give its state."""
+    if not hasattr(envs.envs[0].unwrapped, "get_state"):
+        return None
+    return {"obs": torch.from_numpy(obs), "each": [{
+        "simulator": env.unwrapped.get_state(), "generator": json.dumps(env.unwrapped.np_random.bit_generator.state),
+        "counters": [float(env.get_wrapper_attr(name)) for name in COUNTERS]} for env in envs.envs]}
+
+
+def set_env_state(envs: SyncVectorEnv, state: dict | None, obs: np.ndarray) -> np.ndarray:
+    """Undo `get_env_state`; returns the observations to act on, fresh episodes' where there is no state."""
+    if state is None:
+        print("this simulator's state cannot be saved: the run goes on with fresh episodes")
+        return obs
+    for env, saved in zip(envs.envs, state["each"]):
+        env.unwrapped.set_state(saved["simulator"])
+        env.unwrapped.np_random.bit_generator.state = json.loads(saved["generator"])
+        for name, value in zip(COUNTERS, saved["counters"]):
+            env.set_wrapper_attr(name, value)
+    return state["obs"].numpy()
+
+
+def evaluate(args: Args, task_ids: list[int], act, frames: bool = False) -> dict:
+    """The first --eval-episodes episodes of every task in fresh environments, under generators of their own.
+
+    Args:
+        act: observations (T, O) -> actions (T, A).
+        frames: also render each task's first episode, every fourth step.
+    Returns:
+        returns and successes, (T, episodes); paths, the observations of each task's first episode; frames.
+    """
+    envs = make_envs(args, task_ids)
+    obs, _ = envs.reset(seed=args.seed + 10_000)
+    episodes, paths, film = [[] for _ in task_ids], [[first] for first in obs], []
+    with torch.random.fork_rng():
+        torch.manual_seed(args.seed + 10_000)
+        while min(map(len, episodes)) < args.eval_episodes:
+            playing = [i for i in range(len(task_ids)) if not episodes[i]]     # still in their first episode
+            if frames and playing and len(paths[playing[0]]) % 4 == 1:
+                film.append([env.render() if i in playing else film[-1][i] for i, env in enumerate(envs.envs)])
+            obs, _, _, _, infos = envs.step(act(obs))
+            for i in playing:
+                paths[i].append(true_next_obs(obs, infos)[i])
+            for i, episodic_return, _, success in finished_episodes(infos):
+                episodes[i].append((episodic_return, success))
+    envs.close()
+    table = np.array([episode[:args.eval_episodes] for episode in episodes])   # (T, episodes, 2)
+    return {"returns": table[..., 0], "successes": table[..., 1], "paths": [np.array(p) for p in paths], "frames": film}
+
+
+def print_table(names: list[str], evaluation: dict) -> None:
+    """One row per task and their mean: return (mean and standard deviation over episodes) and success."""
+    returns, successes = evaluation["returns"], evaluation["successes"]
+    print(f"{'task':<24}{'return':>10}{'+-':>9}{'success':>9}   ({returns.shape[1]} episodes each)")
+    for name, episodic_returns, success in zip(names, returns, successes):
+        print(f"{name:<24}{episodic_returns.mean():>10.1f}{episodic_returns.std():>9.1f}{success.mean():>9.2f}")
+    print(f"{'mean':<24}{returns.mean():>10.1f}{returns.mean(1).std():>9.1f}{successes.mean():>9.2f}")
+
+
+def write_whole(path: Path, write) -> None:
+    """Call `write(temporary path)`, then rename: a killed run leaves the previous file or the new one, never half a file."""
+    tmp = path.with_name(path.name + ".tmp")
+    try:
+        write(tmp)
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as error:                           # torch.save wraps a full disk in a RuntimeError
+        tmp.unlink(missing_ok=True)
+        raise Failure(f"cannot write {path}: {error}. What was saved before is intact: free some space, then --resume "
+                      f"{path.parent}", status=1) from error
+
+
+def load_checkpoint(folder: Path) -> dict:
+    """The checkpoint of a run folder, on the CPU."""
+    try:
+        return torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise Failure(f"{folder} has no checkpoint.pt: the run ended before its first one; start it again") from None
+    except Exception as error:                                         # whatever a damaged file raises
+        raise Failure(f"{folder / 'checkpoint.pt'} is damaged or no checkpoint ({type(error).__name__}); "
+                      "take a copy of it from elsewhere, or start the run again") from error
+
+
+def save_animation(path: Path, names: list[str], frames: list[list[np.ndarray]]) -> None:
+    """All tasks side by side as an animated GIF, which every browser shows."""
+    columns = math.ceil(math.sqrt(len(names)))
+    height, width, _ = frames[0][0].shape
+    pictures = []
+    for images in frames:
+        picture = Image.new("RGB", (columns * (width + 4), -(-len(names) // columns) * (height + 16)), "white")
+        for i, (name, image) in enumerate(zip(names, images)):
+            corner = (i % columns * (width + 4), i // columns * (height + 16))
+            ImageDraw.Draw(picture).text((corner[0] + 2, corner[1] + 2), name, fill="black")
+            picture.paste(Image.fromarray(image), (corner[0], corner[1] + 14))
+        pictures.append(picture.quantize(64))
+    write_whole(path, lambda tmp: pictures[0].save(tmp, "GIF", save_all=True, append_images=pictures[1:], duration=60,
+                                                   loop=0))
+    print(f"wrote {path}")
+
+
+def plot_curves(folder: Path, names: list[str]) -> None:
+    """curves.png from metrics.csv: success and return over environment steps, the mean thick, each task thin."""
+    with open(folder / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for axis, kind in zip(axes, ("success", "return")):
+        steps = [int(row["global_step"]) for row in rows]
+        for name in names:
+            axis.plot(steps, [float(row[f"{name}/{kind}"]) for row in rows], linewidth=0.8, alpha=0.7, label=name)
+        axis.plot(steps, [float(row[f"mean_{kind}"]) for row in rows], "k", linewidth=2.5, label="mean")
+        axis.set(xlabel="environment steps, all tasks", ylabel=f"evaluated {kind}")
+    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.savefig(folder / "curves.png", dpi=120)
+    plt.close(figure)
+
+
+class Run:
+    """A run folder and what a run tells: args.json, metrics.csv, TensorBoard, checkpoint, progress line."""
+
+    def __init__(self, args: Args, names: list[str], global_step: int = 0, seconds: float = 0.0):
+        self.args, self.names, self.start_step, self.earlier_seconds = args, names, global_step, seconds
+        self.started, self.saved_at, self.stop_signal = time.perf_counter(), None, 0
+        self.episodes = defaultdict(list)                              # (task, quantity) -> values since the last write
+        if args.resume:
+            self.dir = args.resume
+            keep = [row for row in csv.reader(open(self.dir / "metrics.csv")) if row[0] == "global_step"
+                    or int(row[0]) <= global_step] if (self.dir / "metrics.csv").exists() else []
+            write_whole(self.dir / "metrics.csv", lambda tmp: csv.writer(open(tmp, "w", newline="")).writerows(keep))
+            about = json.loads((self.dir / "args.json").read_text())
+        else:
+            stem = f"{args.env}__{Path(__file__).stem}__{args.method}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+            self.dir, about = args.runs_dir / stem, {"script": Path(__file__).stem, "commands": []}
+            try:
+                self.dir.mkdir(parents=True)
+            except OSError as error:
+                raise Failure(f"--runs-dir {args.runs_dir}: cannot make {self.dir} ({error.strerror})") from error
+        about["args"] = {key: str(v) if isinstance(v, Path) else v for key, v in asdict(args).items()}
+        about["versions"] = {name: version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
+        about["commands"].append(" ".join(["python", *sys.argv]))
+        write_whole(self.dir / "args.json", lambda tmp: tmp.write_text(json.dumps(about, indent=2) + "\n"))
+        self.writer = SummaryWriter(self.dir, purge_step=global_step + 1)
+        self.bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True,
+                        disable=not sys.stderr.isatty())
+        self.old_handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_signal(self, number, frame) -> None:
+        """First Ctrl-C or SIGTERM: finish the step, save, end. Second: end at once."""
+        self.stop_signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def seconds(self) -> float:
+        """Wall time of the whole run, earlier parts included."""
+        return self.earlier_seconds + time.perf_counter() - self.started
+
+    def log(self, scalars: dict[str, float], global_step: int) -> None:
+        for key, value in scalars.items():
+            self.writer.add_scalar(key, value, global_step)
+
+    def log_per_task(self, group: str, values: dict[str, Tensor], global_step: int) -> None:
+        """group/name, the mean over tasks, and group/task/name, from (T,) tensors."""
+        for name, value in values.items():
+            self.log({f"{group}/{name}": value.mean().item()}, global_step)
+            self.log({f"{group}/{task}/{name}": v.item() for task, v in zip(self.names, value)}, global_step)
+
+    def log_episode(self, task: int, episodic_return: float, length: int, success: float) -> None:
+        for name, value in (("episodic_return", episodic_return), ("episodic_length", length), ("success", success)):
+            self.episodes[task, name].append(value)
+
+    def log_round(self, global_step: int) -> None:
+        """Write the episodes since the last call and move the progress line."""
+        self.log({f"tasks/{self.names[task]}/{name}": np.mean(v) for (task, name), v in self.episodes.items()}, global_step)
+        returns = [np.mean(values) for (_, name), values in self.episodes.items() if name == "episodic_return"]
+        speed = (global_step - self.start_step) / (time.perf_counter() - self.started)
+        self.log({"charts/SPS": speed} | ({"charts/episodic_return": np.mean(returns)} if returns else {}), global_step)
+        self.episodes.clear()
+        self.bar.update(global_step - self.bar.n)
+
+    def log_evaluation(self, global_step: int, evaluation: dict, extra: dict[str, float]) -> None:
+        """One row of metrics.csv, the same to TensorBoard, and a line for the reader."""
+        mean_return, mean_success = evaluation["returns"].mean(), evaluation["successes"].mean()
+        row = {"global_step": global_step, "seconds": f"{self.seconds():.1f}", "mean_return": mean_return,
+               "mean_success": mean_success}
+        for i, name in enumerate(self.names):
+            row |= {f"{name}/return": evaluation["returns"][i].mean(), f"{name}/success": evaluation["successes"][i].mean()}
+        row |= extra
+        with open(self.dir / "metrics.csv", "a", newline="") as file:
+            if file.tell() == 0:
+                csv.writer(file).writerow(row)
+            csv.writer(file).writerow(f"{v:.6g}" if isinstance(v, float) else v for v in row.values())
+        self.log({f"eval/{key}": value for key, value in row.items() if key not in ("global_step", "seconds")}, global_step)
+        self.bar.set_postfix_str(f"return {mean_return:.1f}, success {mean_success:.2f}")
+        if self.bar.disable:
+            speed = (global_step - self.start_step) / (time.perf_counter() - self.started)
+            minutes = (self.args.total_timesteps - global_step) / speed / 60
+            print(f"step {global_step:,}/{self.args.total_timesteps:,}  return {mean_return:.1f}  success "
+                  f"{mean_success:.2f}  {speed:,.0f} steps/s  {minutes:.1f} min left", flush=True)
+
+    def save_checkpoint(self, state: dict) -> None:
+        """Write `state` and the settings so that `--resume` finds either the previous checkpoint or this one."""
+        state |= {"args": {key: str(v) if isinstance(v, Path) else v for key, v in asdict(self.args).items()},
+                  "seconds": self.seconds()}
+        write_whole(self.dir / "checkpoint.pt", partial(torch.save, state))
+        self.saved_at = state["global_step"]
+
+    def close(self) -> None:
+        """Draw the curves, say where everything is; after a signal, end with its usual exit status."""
+        self.bar.close()
+        self.writer.close()
+        for number, handler in self.old_handlers.items():
+            signal.signal(number, handler)
+        if (self.dir / "metrics.csv").exists() and (self.dir / "metrics.csv").stat().st_size:
+            plot_curves(self.dir, self.names)
+        if self.stop_signal:
+            print(f"stopped at step {self.saved_at:,}; go on with: python {sys.argv[0]} --resume {self.dir}")
+            sys.exit(128 + self.stop_signal)
+        print(f"run folder: {self.dir}")
+
+
+MAY_CHANGE = {"total_timesteps", "device", "eval_every", "eval_episodes", "checkpoint_every", "capture_video", "runs_dir",
+              "resume", "evaluate"}                                    # between a run and its continuation
+
+
+def read_args(settings: type, argv: list[str] | None = None):
+    """Settings from the command line; with --resume or --evaluate those of that run, with the command line on top."""
+    args = tyro.cli(settings, args=argv)
+    folder = args.resume or args.evaluate
+    if folder is None:
+        return args
+    flag = "--resume" if args.resume else "--evaluate"
+    try:
+        about = json.loads((folder / "args.json").read_text())
+        stored = about["args"]
+    except (OSError, ValueError, KeyError) as error:
+        raise Failure(f"{flag} {folder}: no run folder, since it has no readable args.json; runs are in --runs-dir "
+                      f"({args.runs_dir})") from error
+    if about["script"] != Path(__file__).stem:
+        raise Failure(f"{flag} {folder}: this run was made by {about['script']}.py; use that script")
+    stored = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}   # JSON has lists
+    stored["runs_dir"] = Path(stored["runs_dir"])
+    args = tyro.cli(settings, args=argv, default=settings(**stored | {"resume": None, "evaluate": None}))
+    for name, value in asdict(args).items():
+        if name not in MAY_CHANGE and value != stored[name]:
+            raise Failure(f"{flag} {folder}: the run was made with --{name.replace('_', '-')} {stored[name]}, not {value}; "
+                          "leave the flag out, or start a new run")
+    return args
+
+
+def run_script(settings: type, main) -> None:
+    """Read the settings, call `main`, and turn what the user can mend into one message."""
+    try:
+        main(read_args(settings))
+    except Failure as failure:
+        print(f"{Path(sys.argv[0]).name}: {failure}", file=sys.stderr)
+        sys.exit(failure.status)
+
+
+if __name__ == "__main__":
+    run_script(Args, train)
