@@ -31,11 +31,11 @@ Differences from the paper, each explained in docs/qmp_sac.md:
 from __future__ import annotations
 
 import copy
-import csv
 import json
 import math
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -52,7 +52,6 @@ import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import tyro
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from PIL import Image, ImageDraw
@@ -66,13 +65,16 @@ import matplotlib.pyplot as plt  # noqa: E402
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
 # ---------------------------------------------------------------------------------------------------------------------
-PRESETS = {  # the paper's Table 1 (see docs/qmp_sac.md); a setting left at None takes its value from here
-    "maze": dict(learning_starts=3_000, train_every=600, gradient_steps=100, batch_size=256, lr=3e-4),
+PRESETS = {  # the paper's Table 1 and appendix; a setting left at None takes its value from here
+    "maze": dict(learning_starts=3_000, train_every=600, gradient_steps=100, batch_size=256, lr=3e-4, hidden_size=256,
+                 kl_weight=0.0, mixture_warmup=0),
 }
-TIED_LAYERS = {"shared": 3, "shared-multihead": 2, "qmp-multihead": 2}          # of 3; the other methods share none
-TIED_WIDTH = {"maze": 834}                                # about as many parameters as ten networks of width 256
-KL_WEIGHT = {"maze": {"dnc": 1e-3, "dnc-reg": 1e-4}}
-MIXTURE_WARMUP = {("maze", "qmp-multihead"): 100}
+METHOD_PRESETS = {  # width 834 gives shared networks about as many parameters as ten networks of width 256 have
+    ("maze", "shared"): dict(hidden_size=834), ("maze", "shared-multihead"): dict(hidden_size=834),
+    ("maze", "qmp-multihead"): dict(hidden_size=834, mixture_warmup=100),
+    ("maze", "dnc"): dict(kl_weight=1e-3), ("maze", "dnc-reg"): dict(kl_weight=1e-4),
+}
+TIED_LAYERS = {"shared": 3, "shared-multihead": 2, "qmp-multihead": 2}      # of 3; other methods share no layer
 
 
 @dataclass
@@ -108,7 +110,7 @@ class Args:
     """after training or with --evaluate: one animated picture of all tasks side by side"""
 
     switch_action: Literal["sample", "mean"] = "sample"
-    """action that the Q-switch scores: the sampled one, which is executed (paper), or each policy's mean (authors' code)"""
+    """action that the Q-switch scores: each policy's sample, which is executed (paper), or its mean (authors' code)"""
     switch_q: Literal["min", "q1"] = "min"
     """critic that scores: the smaller of the twins, or the first alone (authors' code)"""
     mixture_warmup: int | None = None
@@ -124,7 +126,7 @@ class Args:
     buffer_size: int = 1_000_000
     """replay capacity per task, transitions"""
     hidden_size: int | None = None
-    """width of the two hidden layers; None: 256, or the width that makes a shared network as large as all separate ones"""
+    """width of the two hidden layers; None: 256, or 834 for networks that all tasks share"""
     activation: Literal["relu", "tanh"] = "relu"
     """hidden units: relu (authors' code) or tanh (paper)"""
     lr: float | None = None
@@ -133,8 +135,6 @@ class Args:
     """discount factor"""
     tau: float = 0.005
     """Polyak coefficient: the share of the online critics that enters the targets at each update"""
-    alpha: float | None = None
-    """entropy temperature [reward per nat]; None learns one per task, towards a target entropy of -dim(action)"""
     kl_weight: float | None = None
     """weight of the KL to every other task's policy, paper: beta; None: 1e-3 for dnc, 1e-4 for dnc-reg"""
     distill_every: int | None = None
@@ -145,15 +145,9 @@ class Args:
     """what the common policy imitates: replayed actions (authors' code), or each task's policy on its own states"""
 
     def __post_init__(self):
-        for name, value in PRESETS[self.env].items():
+        for name, value in (PRESETS[self.env] | METHOD_PRESETS.get((self.env, self.method), {})).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        if self.hidden_size is None:
-            self.hidden_size = TIED_WIDTH[self.env] if self.method in TIED_LAYERS else 256
-        if self.kl_weight is None:
-            self.kl_weight = KL_WEIGHT[self.env].get(self.method, 0.0)
-        if self.mixture_warmup is None:
-            self.mixture_warmup = MIXTURE_WARMUP.get((self.env, self.method), 0)
         if self.distill_every is None:
             self.distill_every = max(1, self.total_timesteps // 10)
         for name in ("total_timesteps", "eval_every", "eval_episodes", "checkpoint_every", "train_every",
@@ -356,13 +350,19 @@ class Learners(nn.Module):
         sizes = (num_tasks, obs_size, action_size, args.hidden_size, tied, args.activation)
         self.actor, self.qf1, self.qf2 = Actor(*sizes), Critic(*sizes), Critic(*sizes)
         self.qf1_target, self.qf2_target = copy.deepcopy(self.qf1), copy.deepcopy(self.qf2)
-        self.log_alpha = nn.Parameter(torch.full((1 if tied == 3 else num_tasks,), math.log(args.alpha or 1.0)))
+        self.log_alpha = nn.Parameter(torch.zeros(1 if tied == 3 else num_tasks))
         self.target_entropy = -float(action_size)
+        if args.method == "dnc":                                       # the common policy that is distilled into
+            self.centroid = Actor(1, obs_size, action_size, args.hidden_size, 0, args.activation)
+            for param, stack in zip(self.centroid.parameters(), self.actor.parameters()):
+                param.data.copy_(stack.data[:1])                       # starts as the first policy
 
     def make_optimizers(self, lr: float) -> dict[str, torch.optim.Optimizer]:
-        """One Adam each for policies, critics and temperatures."""
+        """One Adam each for policies, critics and temperatures, and for the common policy of dnc."""
         params = {"actor": self.actor.parameters(), "alpha": [self.log_alpha],
                   "critic": [*self.qf1.parameters(), *self.qf2.parameters()]}
+        if hasattr(self, "centroid"):
+            params["centroid"] = self.centroid.parameters()
         return {name: torch.optim.Adam(p, lr=lr, fused=True) for name, p in params.items()}
 
 
@@ -370,7 +370,7 @@ class Learners(nn.Module):
 # Replay buffer
 # ---------------------------------------------------------------------------------------------------------------------
 class ReplayBuffer:
-    """The last `capacity` transitions of each task, one row (obs, action, reward, next_obs, termination) per transition."""
+    """The last `capacity` transitions of each task; a row is obs, action, reward, next_obs, termination."""
 
     def __init__(self, num_tasks: int, capacity: int, obs_size: int, action_size: int, device: torch.device):
         self.widths = [obs_size, action_size, 1, obs_size, 1]
@@ -383,7 +383,7 @@ class ReplayBuffer:
 
     def add(self, obs, actions, rewards, next_obs, terminations) -> None:
         """Append one transition per task: (T, O), (T, A), (T,), (T, O), (T,). Truncation is no termination."""
-        row = np.concatenate([obs, actions, rewards[:, None], next_obs, terminations[:, None]], axis=1, dtype=np.float32)
+        row = np.concatenate([obs, actions, rewards[:, None], next_obs, terminations[:, None]], 1, dtype=np.float32)
         self.data[:, self.num_added % self.data.shape[1]] = torch.from_numpy(row).to(self.data.device)
         self.num_added += 1
 
@@ -502,7 +502,7 @@ def update(args: Args, learners: Learners, optimizers: dict, batch: list[Tensor]
 
     mean, log_std = learners.actor(obs)
     pi, log_prob = squash(mean, log_std, torch.randn_like(mean))
-    learners.qf1.requires_grad_(False), learners.qf2.requires_grad_(False)     # the gradient passes through, at half cost
+    learners.qf1.requires_grad_(False), learners.qf2.requires_grad_(False)     # only passed through: saves a third
     pi_loss = actor_loss(torch.min(learners.qf1(obs, pi), learners.qf2(obs, pi)), log_prob, alpha)
     learners.qf1.requires_grad_(True), learners.qf2.requires_grad_(True)
     losses = {"critic": q_loss, "actor": pi_loss}
@@ -512,8 +512,7 @@ def update(args: Args, learners: Learners, optimizers: dict, batch: list[Tensor]
         pi_loss = pi_loss + args.kl_weight * losses["kl"]
     step(optimizers["actor"], pi_loss)
 
-    if args.alpha is None:
-        step(optimizers["alpha"], temperature_loss(learners.log_alpha, log_prob.detach(), learners.target_entropy))
+    step(optimizers["alpha"], temperature_loss(learners.log_alpha, log_prob.detach(), learners.target_entropy))
 
     with torch.no_grad():
         for online, targets in ((learners.qf1, learners.qf1_target), (learners.qf2, learners.qf2_target)):
@@ -529,17 +528,16 @@ def step(optimizer: torch.optim.Optimizer, losses: Tensor) -> None:
     optimizer.step()
 
 
-def distill(args: Args, learners: Learners, centroid: Actor, optimizer: torch.optim.Optimizer, buffer: ReplayBuffer,
+def distill(args: Args, learners: Learners, optimizer: torch.optim.Optimizer, buffer: ReplayBuffer,
             rng: np.random.Generator) -> None:
     """Fit one policy to all tasks' behaviour and restart every policy from it (Divide-and-Conquer).
 
-    `centroid` is an Actor for one task with its own Adam; both live as long as the run. Critics, temperatures and the
-    policies' optimizers stay as they are.
+    The common policy and its `optimizer` live as long as the run. Nothing else of the learners changes.
     """
     num_tasks = len(buffer.data)
     for _ in range(args.distill_steps):
         obs, actions, *_ = buffer.sample(rng, max(1, args.batch_size // num_tasks))
-        mean, log_std = centroid(obs.flatten(0, 1)[None])              # (1, T * B, A)
+        mean, log_std = learners.centroid(obs.flatten(0, 1)[None])              # (1, T * B, A)
         if args.distill_target == "replay":                            # maximum likelihood of the replayed actions
             raw = torch.atanh(actions.flatten(0, 1)[None].clamp(-1 + 1e-6, 1 - 1e-6))
             noise = (raw - mean) / log_std.exp()
@@ -552,13 +550,41 @@ def distill(args: Args, learners: Learners, centroid: Actor, optimizer: torch.op
             loss = 0.5 * (log_ratio.exp() + shift.square() - 1 - log_ratio).mean((1, 2))
         step(optimizer, loss)
     with torch.no_grad():
-        for param, common in zip(learners.actor.parameters(), centroid.parameters()):
+        for param, common in zip(learners.actor.parameters(), learners.centroid.parameters()):
             param.copy_(common.expand_as(param))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
+def evaluate(args: Args, task_ids: list[int], act, frames: bool = False) -> dict:
+    """The first --eval-episodes episodes of every task in fresh environments, with generators of their own.
+
+    Args:
+        act: observations (T, O) -> actions (T, A).
+        frames: also render each task's first episode, every fourth step.
+    Returns:
+        returns and successes, (T, episodes); paths, the observations of each task's first episode; frames.
+    """
+    envs = make_envs(args, task_ids)
+    obs, _ = envs.reset(seed=args.seed + 10_000)
+    episodes, paths, film = [[] for _ in task_ids], [[first] for first in obs], []
+    with torch.random.fork_rng():                                      # the mixture draws noise: not from training's
+        torch.manual_seed(args.seed + 10_000)
+        while min(map(len, episodes)) < args.eval_episodes:
+            playing = [i for i in range(len(task_ids)) if not episodes[i]]     # still in their first episode
+            if frames and playing and len(paths[playing[0]]) % 4 == 1:
+                film.append([env.render() if i in playing else film[-1][i] for i, env in enumerate(envs.envs)])
+            obs, _, _, _, infos = envs.step(act(obs))
+            for i in playing:
+                paths[i].append(true_next_obs(obs, infos)[i])
+            for i, episodic_return, _, success in finished_episodes(infos):
+                episodes[i].append((episodic_return, success))
+    envs.close()
+    table = np.array([episode[:args.eval_episodes] for episode in episodes])   # (T, episodes, 2)
+    return {"returns": table[..., 0], "successes": table[..., 1], "paths": [np.array(p) for p in paths], "frames": film}
+
+
 def train(args: Args) -> Path | None:
     """Collect with the behaviour policy, update every learner, evaluate; returns the run folder."""
     # Set-up ------------------------------------------------------------------------------------------------
@@ -573,12 +599,6 @@ def train(args: Args) -> Path | None:
 
     learners = Learners(args, num_tasks, obs_size, action_size).to(device)
     optimizers = learners.make_optimizers(args.lr)
-    centroid = Actor(1, obs_size, action_size, args.hidden_size, 0, args.activation).to(device)   # dnc only
-    if args.method == "dnc":
-        with torch.no_grad():
-            for param, first in zip(centroid.parameters(), learners.actor.parameters()):
-                param.copy_(first[:1])
-    optimizers["centroid"] = torch.optim.Adam(centroid.parameters(), lr=args.lr, fused=True)
 
     def greedy(obs: np.ndarray) -> np.ndarray:
         """Each task's own policy without noise: nothing of another task is consulted."""
@@ -596,36 +616,40 @@ def train(args: Args) -> Path | None:
             save_animation(args.evaluate / "tasks.gif", names, evaluation["frames"])
         return args.evaluate
 
+    state = load_checkpoint(args.resume) if args.resume else {"global_step": 0, "seconds": 0.0}
+    global_step = state["global_step"]
+    if global_step > args.total_timesteps:
+        raise Failure(f"--resume {args.resume}: that run has {global_step:,} steps already; "
+                      f"give a larger --total-timesteps than {args.total_timesteps:,}")
     capacity = min(args.buffer_size, -(-args.total_timesteps // num_tasks))
     buffer = ReplayBuffer(num_tasks, capacity, obs_size, action_size, device)
     counts = torch.zeros(num_tasks, num_tasks, dtype=torch.int64)      # steps of task i taken by policy j, whole run
     recent = torch.zeros_like(counts)                                  # the same since the last evaluation
-    global_step = 0
     if args.resume:
-        state = load_checkpoint(args.resume)
         learners.load_state_dict(state["learners"])
-        centroid.load_state_dict(state["centroid"])
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         buffer.num_added = state["num_added"]
         buffer.data[:, :len(buffer)] = state["buffer"].to(device)
-        counts, recent, global_step = state["counts"], state["recent"], state["global_step"]
-        obs = set_env_state(envs, state["envs"], obs)
-        set_generators(state["generators"], rng)
-    run = Run(args, names, global_step, state["seconds"] if args.resume else 0.0)
+        counts, recent = state["counts"], state["recent"]
+        obs = set_world(state["world"], envs, obs, rng)
+    run = Run(args, names, global_step, state["seconds"])
     losses = defaultdict(list)
 
     def save() -> None:
-        run.save_checkpoint(dict(
-            learners=learners.state_dict(), centroid=centroid.state_dict(), num_added=buffer.num_added,
+        """Everything that the next step reads."""
+        run.save(dict(
+            global_step=global_step, learners=learners.state_dict(), counts=counts, recent=recent,
             optimizers={name: optimizer.state_dict() for name, optimizer in optimizers.items()},
-            buffer=buffer.data[:, :len(buffer)].cpu(), counts=counts, recent=recent, global_step=global_step,
-            envs=get_env_state(envs, obs), generators=get_generators(rng)))
+            num_added=buffer.num_added, buffer=buffer.data[:, :len(buffer)].cpu(), world=get_world(envs, obs, rng)))
+
+    if not args.resume:
+        save()                                                         # from here on a killed run can be resumed
 
     while global_step < args.total_timesteps and not run.stop_signal:
         # Divide-and-Conquer: all policies restart from their common one -------------------------------------
         if args.method == "dnc" and crossed(global_step - num_tasks, global_step, args.distill_every):
-            distill(args, learners, centroid, optimizers["centroid"], buffer, rng)
+            distill(args, learners, optimizers["centroid"], buffer, rng)
 
         # Act: in every task the policy that its own critic prefers ------------------------------------------
         warmup_end = args.learning_starts + args.mixture_warmup * args.train_every
@@ -639,7 +663,8 @@ def train(args: Args) -> Path | None:
         next_obs, rewards, terminations, truncations, infos = envs.step(actions)
         previous_step, global_step = global_step, global_step + num_tasks
         for task, episodic_return, length, success in finished_episodes(infos):
-            run.log_episode(task, episodic_return, length, success)
+            run.add(f"tasks/{names[task]}", dict(episodic_return=episodic_return, episodic_length=length,
+                                                 success=success))
         buffer.add(obs, actions, rewards, true_next_obs(next_obs, infos), terminations)
         obs = next_obs
 
@@ -654,10 +679,11 @@ def train(args: Args) -> Path | None:
             means = {name: torch.stack(values).mean(0).cpu() for name, values in losses.items()}
             losses.clear()
             check_finite(global_step, means | dict(learners.named_parameters()))
-            run.log_per_task("losses", means, global_step)
-            run.log({"method/alpha": learners.log_alpha.exp().mean().item()}, global_step)
+            for name, per_task in (means | {"alpha": learners.log_alpha.detach().exp().cpu()}).items():
+                run.add("losses", {name: per_task.mean().item()})
+                run.add("losses", {f"{task}/{name}": value.item() for task, value in zip(names, per_task)})
         if new_round:
-            run.log_round(global_step)
+            run.write(global_step)
 
         # Evaluate, save -------------------------------------------------------------------------------------
         if crossed(previous_step, global_step, args.eval_every) or global_step >= args.total_timesteps:
@@ -667,14 +693,15 @@ def train(args: Args) -> Path | None:
             if args.eval_mixture:
                 helped = evaluate(args, task_ids, mixture)
                 columns |= {"mixture/return": helped["returns"].mean(), "mixture/success": helped["successes"].mean()}
-            run.log({"method/own_share": own.mean().item()}, global_step)
+            run.add("method", {"own_share": own.mean().item()})
             run.log_evaluation(global_step, evaluation, columns)
             recent.zero_()
         if crossed(previous_step, global_step, args.checkpoint_every):
             save()
 
     # Finish --------------------------------------------------------------------------------------------------
-    if not run.saved_at == global_step:
+    run.write(global_step)
+    if run.saved_at != global_step:
         save()
     if not run.stop_signal:
         evaluation = evaluate(args, task_ids, greedy, frames=args.capture_video)
@@ -696,7 +723,7 @@ def plot_mixture(path: Path, counts: Tensor, names: list[str]) -> None:
     """Who borrows from whom: row i, column j is the share of task i's steps that policy j took (the paper's Fig. 5).
 
     Args:
-        counts: steps of task i taken by policy j, (T, T). The diagonal is a column of its own, or it would hide the rest.
+        counts: steps of task i taken by policy j, (T, T). The diagonal, which would hide the rest, has its own panel.
     """
     share = counts.double() / counts.sum(1, keepdim=True).clamp(min=1)
     own, lent = share.diagonal()[:, None], share.clone().fill_diagonal_(0)
@@ -739,7 +766,7 @@ def plot_paths(path: Path, task_ids: list[int], names: list[str], paths: list[np
 # Shared blocks: the same text in every script
 # ---------------------------------------------------------------------------------------------------------------------
 class Failure(Exception):
-    """What the user can mend: shown as one message without traceback, then the program ends with `status`."""
+    """What the user can mend: shown as one message without a traceback; the program ends with `status`."""
 
     def __init__(self, message: str, status: int = 2):
         super().__init__(message)
@@ -753,109 +780,60 @@ def crossed(before: int, after: int, period: int) -> bool:
 
 def pick_device(name: str) -> torch.device:
     """auto takes cuda if present, else cpu."""
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = "cuda" if present["cuda"] else "cpu"
-    if not present[name]:
-        raise Failure(f"--device {name}: this machine has none that PyTorch {torch.__version__} can use; "
-                      f"use one of auto, {', '.join(device for device in present if present[device])}")
-    return torch.device(name)
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    try:
+        torch.zeros(1, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise Failure(f"--device {name}: PyTorch {torch.__version__} finds none here; use --device auto") from error
+    return device
 
 
 def check_finite(global_step: int, tensors: dict[str, Tensor]) -> None:
-    """Stop on a loss or parameter that is not finite; the last checkpoint is older and good."""
+    """Stop on a loss or a parameter that is not finite; the last checkpoint is older and good."""
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise Failure(f"{name} is not finite at step {global_step}; the checkpoint before it is intact. "
+            raise Failure(f"{name} is not finite at step {global_step:,}; the last checkpoint is from before that. "
                           "A smaller --lr is the usual remedy", status=1)
-
-
-def get_generators(rng: np.random.Generator) -> dict:
-    """State of every generator that training draws from."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"numpy": json.dumps(rng.bit_generator.state), "torch": torch.get_rng_state(), "cuda": cuda}
-
-
-def set_generators(state: dict, rng: np.random.Generator) -> None:
-    """Undo `get_generators`."""
-    rng.bit_generator.state = json.loads(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 COUNTERS = ("_elapsed_steps", "episode_returns", "episode_lengths")    # of TimeLimit and RecordEpisodeStatistics
 
 
-def get_env_state(envs: SyncVectorEnv, obs: np.ndarray) -> dict | None:
-    """What the next step of each sub-environment reads; None where a simulator cannot give its state."""
-    if not hasattr(envs.envs[0].unwrapped, "get_state"):
-        return None
-    return {"obs": torch.from_numpy(obs), "each": [{
-        "simulator": env.unwrapped.get_state(), "generator": json.dumps(env.unwrapped.np_random.bit_generator.state),
-        "counters": [float(env.get_wrapper_attr(name)) for name in COUNTERS]} for env in envs.envs]}
+def get_world(envs: SyncVectorEnv, obs: np.ndarray, rng: np.random.Generator) -> dict:
+    """What a resumed run needs beside its networks and data: generators, observations, simulators if they can tell."""
+    simulators = [dict(state=env.unwrapped.get_state(), rng=json.dumps(env.unwrapped.np_random.bit_generator.state),
+                       counters=[float(env.get_wrapper_attr(name)) for name in COUNTERS])
+                  for env in envs.envs if hasattr(env.unwrapped, "get_state")]
+    return {"numpy": json.dumps(rng.bit_generator.state), "torch": torch.get_rng_state(), "simulators": simulators,
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [], "obs": torch.from_numpy(obs)}
 
 
-def set_env_state(envs: SyncVectorEnv, state: dict | None, obs: np.ndarray) -> np.ndarray:
-    """Undo `get_env_state`; returns the observations to act on, fresh episodes' where there is no state."""
-    if state is None:
-        print("this simulator's state cannot be saved: the run goes on with fresh episodes")
-        return obs
-    for env, saved in zip(envs.envs, state["each"]):
-        env.unwrapped.set_state(saved["simulator"])
-        env.unwrapped.np_random.bit_generator.state = json.loads(saved["generator"])
-        for name, value in zip(COUNTERS, saved["counters"]):
+def set_world(world: dict, envs: SyncVectorEnv, obs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Undo `get_world`; returns the observations to act on: `obs`, of fresh episodes, if no simulator could tell."""
+    rng.bit_generator.state = json.loads(world["numpy"])
+    torch.set_rng_state(world["torch"])
+    if world["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(world["cuda"])
+    for env, simulator in zip(envs.envs, world["simulators"]):
+        env.unwrapped.set_state(simulator["state"])
+        env.unwrapped.np_random.bit_generator.state = json.loads(simulator["rng"])
+        for name, value in zip(COUNTERS, simulator["counters"]):
             env.set_wrapper_attr(name, value)
-    return state["obs"].numpy()
-
-
-def evaluate(args: Args, task_ids: list[int], act, frames: bool = False) -> dict:
-    """The first --eval-episodes episodes of every task in fresh environments, under generators of their own.
-
-    Args:
-        act: observations (T, O) -> actions (T, A).
-        frames: also render each task's first episode, every fourth step.
-    Returns:
-        returns and successes, (T, episodes); paths, the observations of each task's first episode; frames.
-    """
-    envs = make_envs(args, task_ids)
-    obs, _ = envs.reset(seed=args.seed + 10_000)
-    episodes, paths, film = [[] for _ in task_ids], [[first] for first in obs], []
-    with torch.random.fork_rng():
-        torch.manual_seed(args.seed + 10_000)
-        while min(map(len, episodes)) < args.eval_episodes:
-            playing = [i for i in range(len(task_ids)) if not episodes[i]]     # still in their first episode
-            if frames and playing and len(paths[playing[0]]) % 4 == 1:
-                film.append([env.render() if i in playing else film[-1][i] for i, env in enumerate(envs.envs)])
-            obs, _, _, _, infos = envs.step(act(obs))
-            for i in playing:
-                paths[i].append(true_next_obs(obs, infos)[i])
-            for i, episodic_return, _, success in finished_episodes(infos):
-                episodes[i].append((episodic_return, success))
-    envs.close()
-    table = np.array([episode[:args.eval_episodes] for episode in episodes])   # (T, episodes, 2)
-    return {"returns": table[..., 0], "successes": table[..., 1], "paths": [np.array(p) for p in paths], "frames": film}
-
-
-def print_table(names: list[str], evaluation: dict) -> None:
-    """One row per task and their mean: return (mean and standard deviation over episodes) and success."""
-    returns, successes = evaluation["returns"], evaluation["successes"]
-    print(f"{'task':<24}{'return':>10}{'+-':>9}{'success':>9}   ({returns.shape[1]} episodes each)")
-    for name, episodic_returns, success in zip(names, returns, successes):
-        print(f"{name:<24}{episodic_returns.mean():>10.1f}{episodic_returns.std():>9.1f}{success.mean():>9.2f}")
-    print(f"{'mean':<24}{returns.mean():>10.1f}{returns.mean(1).std():>9.1f}{successes.mean():>9.2f}")
+    if not world["simulators"]:
+        print("the simulator's state cannot be saved: the run goes on with fresh episodes")
+    return world["obs"].numpy() if world["simulators"] else obs
 
 
 def write_whole(path: Path, write) -> None:
-    """Call `write(temporary path)`, then rename: a killed run leaves the previous file or the new one, never half a file."""
+    """Call `write(temporary path)`, then rename: a killed run leaves the previous file or the new one, never half."""
     tmp = path.with_name(path.name + ".tmp")
     try:
         write(tmp)
         os.replace(tmp, path)
-    except (OSError, RuntimeError) as error:                           # torch.save wraps a full disk in a RuntimeError
+    except (OSError, RuntimeError) as error:                           # torch.save makes a full disk a RuntimeError
         tmp.unlink(missing_ok=True)
-        raise Failure(f"cannot write {path}: {error}. What was saved before is intact: free some space, then --resume "
-                      f"{path.parent}", status=1) from error
+        raise Failure(f"cannot write {path}: {error}. What was saved before is intact: free some space, then "
+                      f"--resume {path.parent}", status=1) from error
 
 
 def load_checkpoint(folder: Path) -> dict:
@@ -865,138 +843,137 @@ def load_checkpoint(folder: Path) -> dict:
     except FileNotFoundError:
         raise Failure(f"{folder} has no checkpoint.pt: the run ended before its first one; start it again") from None
     except Exception as error:                                         # whatever a damaged file raises
-        raise Failure(f"{folder / 'checkpoint.pt'} is damaged or no checkpoint ({type(error).__name__}); "
-                      "take a copy of it from elsewhere, or start the run again") from error
+        raise Failure(f"{folder / 'checkpoint.pt'} is damaged ({type(error).__name__}); bring back a copy of it, or "
+                      "start the run again") from error
+
+
+def print_table(names: list[str], evaluation: dict) -> None:
+    """One row per task and one for all: mean return with its standard deviation over episodes, and success."""
+    returns, successes = evaluation["returns"], evaluation["successes"]
+    print(f"{'task':<24}{'return':>10}{'+-':>9}{'success':>9}   ({returns.shape[1]} episodes each)")
+    for name, episodic_returns, success in zip([*names, "all"], [*returns, returns], [*successes, successes]):
+        print(f"{name:<24}{episodic_returns.mean():>10.1f}{episodic_returns.std():>9.1f}{success.mean():>9.2f}")
 
 
 def save_animation(path: Path, names: list[str], frames: list[list[np.ndarray]]) -> None:
-    """All tasks side by side as an animated GIF, which every browser shows."""
-    columns = math.ceil(math.sqrt(len(names)))
-    height, width, _ = frames[0][0].shape
-    pictures = []
+    """All tasks side by side as an animated GIF, which any browser shows: one list of (H, W, 3) images per frame."""
+    columns, (height, width, _) = math.ceil(math.sqrt(len(names))), frames[0][0].shape
+    film = []
     for images in frames:
-        picture = Image.new("RGB", (columns * (width + 4), -(-len(names) // columns) * (height + 16)), "white")
+        film.append(Image.new("RGB", (columns * (width + 4), -(-len(names) // columns) * (height + 16)), "white"))
         for i, (name, image) in enumerate(zip(names, images)):
-            corner = (i % columns * (width + 4), i // columns * (height + 16))
-            ImageDraw.Draw(picture).text((corner[0] + 2, corner[1] + 2), name, fill="black")
-            picture.paste(Image.fromarray(image), (corner[0], corner[1] + 14))
-        pictures.append(picture.quantize(64))
-    write_whole(path, lambda tmp: pictures[0].save(tmp, "GIF", save_all=True, append_images=pictures[1:], duration=60,
-                                                   loop=0))
+            x, y = i % columns * (width + 4), i // columns * (height + 16)
+            ImageDraw.Draw(film[-1]).text((x + 2, y + 2), name, fill="black")
+            film[-1].paste(Image.fromarray(image), (x, y + 14))
+    write_whole(path, lambda tmp: film[0].save(tmp, "GIF", save_all=True, append_images=film[1:], duration=60, loop=0))
     print(f"wrote {path}")
 
 
 def plot_curves(folder: Path, names: list[str]) -> None:
     """curves.png from metrics.csv: success and return over environment steps, the mean thick, each task thin."""
-    with open(folder / "metrics.csv") as file:
-        rows = list(csv.DictReader(file))
+    table = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True, deletechars="", ndmin=1)
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for axis, kind in zip(axes, ("success", "return")):
-        steps = [int(row["global_step"]) for row in rows]
         for name in names:
-            axis.plot(steps, [float(row[f"{name}/{kind}"]) for row in rows], linewidth=0.8, alpha=0.7, label=name)
-        axis.plot(steps, [float(row[f"mean_{kind}"]) for row in rows], "k", linewidth=2.5, label="mean")
-        axis.set(xlabel="environment steps, all tasks", ylabel=f"evaluated {kind}")
+            axis.plot(table["global_step"], table[f"{name}/{kind}"], linewidth=0.8, alpha=0.8, label=name)
+        axis.plot(table["global_step"], table[f"mean_{kind}"], "k", linewidth=2.5, label="mean")
+        axis.set(xlabel="environment steps, summed over tasks", ylabel=f"evaluated {kind}")
     axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.savefig(folder / "curves.png", dpi=120)
     plt.close(figure)
 
 
 class Run:
-    """A run folder and what a run tells: args.json, metrics.csv, TensorBoard, checkpoint, progress line."""
+    """A run's folder and voice: args.json, metrics.csv, TensorBoard, checkpoint.pt, progress line, stop signals."""
 
     def __init__(self, args: Args, names: list[str], global_step: int = 0, seconds: float = 0.0):
-        self.args, self.names, self.start_step, self.earlier_seconds = args, names, global_step, seconds
-        self.started, self.saved_at, self.stop_signal = time.perf_counter(), None, 0
-        self.episodes = defaultdict(list)                              # (task, quantity) -> values since the last write
+        self.args, self.names, self.pending, self.stop_signal, self.saved_at = args, names, defaultdict(list), 0, None
+        self.start_step, self.earlier_seconds, self.started = global_step, seconds, time.perf_counter()
+        script, about = Path(__file__), {"commands": []}
         if args.resume:
-            self.dir = args.resume
-            keep = [row for row in csv.reader(open(self.dir / "metrics.csv")) if row[0] == "global_step"
-                    or int(row[0]) <= global_step] if (self.dir / "metrics.csv").exists() else []
-            write_whole(self.dir / "metrics.csv", lambda tmp: csv.writer(open(tmp, "w", newline="")).writerows(keep))
-            about = json.loads((self.dir / "args.json").read_text())
+            self.dir, about = args.resume, json.loads((args.resume / "args.json").read_text())
         else:
-            stem = f"{args.env}__{Path(__file__).stem}__{args.method}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-            self.dir, about = args.runs_dir / stem, {"script": Path(__file__).stem, "commands": []}
+            stem = f"{args.env}__{script.stem}__{args.method}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+            self.dir = args.runs_dir / stem
             try:
                 self.dir.mkdir(parents=True)
             except OSError as error:
                 raise Failure(f"--runs-dir {args.runs_dir}: cannot make {self.dir} ({error.strerror})") from error
-        about["args"] = {key: str(v) if isinstance(v, Path) else v for key, v in asdict(args).items()}
-        about["versions"] = {name: version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
-        about["commands"].append(" ".join(["python", *sys.argv]))
+        self.metrics = self.dir / "metrics.csv"
+        if args.resume:
+            rows = self.metrics.read_text().splitlines(keepends=True) if self.metrics.exists() else []
+            keep = rows[:1] + [row for row in rows[1:] if int(row.split(",")[0]) <= global_step]
+            write_whole(self.metrics, lambda tmp: tmp.write_text("".join(keep)))   # the rest is about to be repeated
+        pinned = re.findall(r'"([\w-]+)[^"]*==', script.read_text().split("# ///")[1])
+        self.settings = {key: str(v) if isinstance(v, Path) else v for key, v in asdict(args).items()}
+        about |= {"script": script.stem, "args": self.settings, "versions": {name: version(name) for name in pinned}}
+        about["commands"].append(" ".join(sys.argv))
         write_whole(self.dir / "args.json", lambda tmp: tmp.write_text(json.dumps(about, indent=2) + "\n"))
         self.writer = SummaryWriter(self.dir, purge_step=global_step + 1)
         self.bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True,
                         disable=not sys.stderr.isatty())
-        self.old_handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_signal(self, number, frame) -> None:
-        """First Ctrl-C or SIGTERM: finish the step, save, end. Second: end at once."""
+        """First Ctrl-C or SIGTERM: finish this step, save, end. Second: end at once."""
         self.stop_signal = number
         signal.signal(number, signal.SIG_DFL)
 
-    def seconds(self) -> float:
-        """Wall time of the whole run, earlier parts included."""
-        return self.earlier_seconds + time.perf_counter() - self.started
+    def add(self, group: str, values: dict[str, float]) -> None:
+        """Collect scalars for TensorBoard under group/key; `write` logs the mean of each."""
+        for key, value in values.items():
+            self.pending[f"{group}/{key}"].append(value)
 
-    def log(self, scalars: dict[str, float], global_step: int) -> None:
-        for key, value in scalars.items():
-            self.writer.add_scalar(key, value, global_step)
-
-    def log_per_task(self, group: str, values: dict[str, Tensor], global_step: int) -> None:
-        """group/name, the mean over tasks, and group/task/name, from (T,) tensors."""
-        for name, value in values.items():
-            self.log({f"{group}/{name}": value.mean().item()}, global_step)
-            self.log({f"{group}/{task}/{name}": v.item() for task, v in zip(self.names, value)}, global_step)
-
-    def log_episode(self, task: int, episodic_return: float, length: int, success: float) -> None:
-        for name, value in (("episodic_return", episodic_return), ("episodic_length", length), ("success", success)):
-            self.episodes[task, name].append(value)
-
-    def log_round(self, global_step: int) -> None:
-        """Write the episodes since the last call and move the progress line."""
-        self.log({f"tasks/{self.names[task]}/{name}": np.mean(v) for (task, name), v in self.episodes.items()}, global_step)
-        returns = [np.mean(values) for (_, name), values in self.episodes.items() if name == "episodic_return"]
-        speed = (global_step - self.start_step) / (time.perf_counter() - self.started)
-        self.log({"charts/SPS": speed} | ({"charts/episodic_return": np.mean(returns)} if returns else {}), global_step)
-        self.episodes.clear()
+    def write(self, global_step: int) -> None:
+        """Send to TensorBoard what has come since the last call; move the progress line."""
+        returns = [np.mean(self.pending[key]) for key in self.pending if key.endswith("/episodic_return")]
+        self.add("charts", {"episodic_return": np.mean(returns)} if returns else {})
+        self.add("charts", {"SPS": self.speed(global_step)})
+        for key, values in self.pending.items():
+            self.writer.add_scalar(key, np.mean(values), global_step)
+        self.pending.clear()
         self.bar.update(global_step - self.bar.n)
 
-    def log_evaluation(self, global_step: int, evaluation: dict, extra: dict[str, float]) -> None:
-        """One row of metrics.csv, the same to TensorBoard, and a line for the reader."""
-        mean_return, mean_success = evaluation["returns"].mean(), evaluation["successes"].mean()
-        row = {"global_step": global_step, "seconds": f"{self.seconds():.1f}", "mean_return": mean_return,
-               "mean_success": mean_success}
-        for i, name in enumerate(self.names):
-            row |= {f"{name}/return": evaluation["returns"][i].mean(), f"{name}/success": evaluation["successes"][i].mean()}
-        row |= extra
-        with open(self.dir / "metrics.csv", "a", newline="") as file:
-            if file.tell() == 0:
-                csv.writer(file).writerow(row)
-            csv.writer(file).writerow(f"{v:.6g}" if isinstance(v, float) else v for v in row.values())
-        self.log({f"eval/{key}": value for key, value in row.items() if key not in ("global_step", "seconds")}, global_step)
-        self.bar.set_postfix_str(f"return {mean_return:.1f}, success {mean_success:.2f}")
-        if self.bar.disable:
-            speed = (global_step - self.start_step) / (time.perf_counter() - self.started)
-            minutes = (self.args.total_timesteps - global_step) / speed / 60
-            print(f"step {global_step:,}/{self.args.total_timesteps:,}  return {mean_return:.1f}  success "
-                  f"{mean_success:.2f}  {speed:,.0f} steps/s  {minutes:.1f} min left", flush=True)
+    def speed(self, global_step: int) -> float:
+        """Environment steps per second of this process."""
+        return (global_step - self.start_step) / (time.perf_counter() - self.started)
 
-    def save_checkpoint(self, state: dict) -> None:
-        """Write `state` and the settings so that `--resume` finds either the previous checkpoint or this one."""
-        state |= {"args": {key: str(v) if isinstance(v, Path) else v for key, v in asdict(self.args).items()},
-                  "seconds": self.seconds()}
+    def seconds(self) -> float:
+        """Wall time of the run, earlier processes included."""
+        return self.earlier_seconds + time.perf_counter() - self.started
+
+    def log_evaluation(self, global_step: int, evaluation: dict, extra: dict[str, float]) -> None:
+        """A row of metrics.csv, the same to TensorBoard under eval/, and a line for the reader."""
+        means = {"return": evaluation["returns"].mean(1), "success": evaluation["successes"].mean(1)}   # (T,) each
+        row = {f"mean_{kind}": values.mean() for kind, values in means.items()}
+        row |= {f"{name}/{kind}": values[i] for i, name in enumerate(self.names) for kind, values in means.items()}
+        row |= extra
+        with open(self.metrics, "a") as file:
+            if file.tell() == 0:
+                file.write(",".join(["global_step", "seconds", *row]) + "\n")
+            values = ",".join(f"{value:.6g}" for value in row.values())
+            file.write(f"{global_step},{self.seconds():.1f},{values}\n")
+        self.add("eval", row)
+        summary = f"return {row['mean_return']:.1f}  success {row['mean_success']:.2f}"
+        self.bar.set_postfix_str(summary)
+        if self.bar.disable:                                           # not a terminal
+            total, speed = self.args.total_timesteps, self.speed(global_step)
+            print(f"step {global_step:,}/{total:,}  {summary}  {speed:,.0f} steps/s  "
+                  f"{(total - global_step) / speed / 60:.1f} min left", flush=True)
+
+    def save(self, state: dict) -> None:
+        """Write the checkpoint: whatever happens, `--resume` finds the previous one or this one."""
+        state |= {"args": self.settings, "seconds": self.seconds()}
         write_whole(self.dir / "checkpoint.pt", partial(torch.save, state))
         self.saved_at = state["global_step"]
 
     def close(self) -> None:
-        """Draw the curves, say where everything is; after a signal, end with its usual exit status."""
+        """Draw the curves, say where everything is; after a signal, end with the exit status that it stands for."""
         self.bar.close()
         self.writer.close()
-        for number, handler in self.old_handlers.items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        if (self.dir / "metrics.csv").exists() and (self.dir / "metrics.csv").stat().st_size:
+        if self.metrics.exists() and self.metrics.stat().st_size:
             plot_curves(self.dir, self.names)
         if self.stop_signal:
             print(f"stopped at step {self.saved_at:,}; go on with: python {sys.argv[0]} --resume {self.dir}")
@@ -1004,32 +981,29 @@ class Run:
         print(f"run folder: {self.dir}")
 
 
-MAY_CHANGE = {"total_timesteps", "device", "eval_every", "eval_episodes", "checkpoint_every", "capture_video", "runs_dir",
-              "resume", "evaluate"}                                    # between a run and its continuation
+MAY_CHANGE = {"total_timesteps", "device", "eval_every", "eval_episodes", "checkpoint_every", "capture_video",
+              "runs_dir", "resume", "evaluate"}                        # between a run and its continuation
 
 
 def read_args(settings: type, argv: list[str] | None = None):
     """Settings from the command line; with --resume or --evaluate those of that run, with the command line on top."""
     args = tyro.cli(settings, args=argv)
-    folder = args.resume or args.evaluate
+    folder, flag = args.resume or args.evaluate, "--resume" if args.resume else "--evaluate"
     if folder is None:
         return args
-    flag = "--resume" if args.resume else "--evaluate"
     try:
         about = json.loads((folder / "args.json").read_text())
-        stored = about["args"]
+        stored = {key: tuple(v) if isinstance(v, list) else v for key, v in about["args"].items()}
     except (OSError, ValueError, KeyError) as error:
-        raise Failure(f"{flag} {folder}: no run folder, since it has no readable args.json; runs are in --runs-dir "
-                      f"({args.runs_dir})") from error
+        raise Failure(f"{flag} {folder}: no readable args.json there; name a folder below {args.runs_dir}/") from error
     if about["script"] != Path(__file__).stem:
-        raise Failure(f"{flag} {folder}: this run was made by {about['script']}.py; use that script")
-    stored = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}   # JSON has lists
-    stored["runs_dir"] = Path(stored["runs_dir"])
-    args = tyro.cli(settings, args=argv, default=settings(**stored | {"resume": None, "evaluate": None}))
+        raise Failure(f"{flag} {folder}: that run was made by {about['script']}.py; use that script")
+    stored |= {"runs_dir": Path(stored["runs_dir"]), "resume": None, "evaluate": None}
+    args = tyro.cli(settings, args=argv, default=settings(**stored))
     for name, value in asdict(args).items():
         if name not in MAY_CHANGE and value != stored[name]:
-            raise Failure(f"{flag} {folder}: the run was made with --{name.replace('_', '-')} {stored[name]}, not {value}; "
-                          "leave the flag out, or start a new run")
+            raise Failure(f"{flag} {folder}: that run was made with --{name.replace('_', '-')} {stored[name]}, not "
+                          f"{value}; leave the flag out, or start a new run")
     return args
 
 
