@@ -54,13 +54,11 @@ import torch
 import torch.nn as nn
 import tyro
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-
-matplotlib.use("Agg")                                     # pictures go to files: no screen needed
-import matplotlib.pyplot as plt  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
@@ -154,9 +152,13 @@ class Args:
                      "gradient_steps", "batch_size", "buffer_size", "hidden_size", "distill_every", "distill_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "gamma", "tau"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"--{name} must be above 0 and at most 1, got {getattr(self, name)}")
         family = range(len(TASKS[self.env]))
-        if self.tasks is not None and (not self.tasks or not set(self.tasks) <= set(family)):
-            raise ValueError(f"--tasks takes indices from 0 to {family[-1]} for --env {self.env}, got {self.tasks}")
+        if self.tasks is not None and (not self.tasks or sorted(set(self.tasks) & set(family)) != sorted(self.tasks)):
+            raise ValueError(f"--tasks takes different indices from 0 to {family[-1]} for --env {self.env}, "
+                             f"got {' '.join(map(str, self.tasks)) or 'none'}")
         if self.method in TIED_LAYERS and self.batch_size < len(self.tasks or family):
             raise ValueError(f"--batch-size {self.batch_size} holds less than one transition per task; "
                              f"use at least {len(self.tasks or family)}")
@@ -353,9 +355,9 @@ class Learners(nn.Module):
         self.log_alpha = nn.Parameter(torch.zeros(1 if tied == 3 else num_tasks))
         self.target_entropy = -float(action_size)
         if args.method == "dnc":                                       # the common policy that is distilled into
-            self.centroid = Actor(1, obs_size, action_size, args.hidden_size, 0, args.activation)
-            for param, stack in zip(self.centroid.parameters(), self.actor.parameters()):
-                param.data.copy_(stack.data[:1])                       # starts as the first policy
+            self.centroid = copy.deepcopy(self.actor)
+            for param in self.centroid.parameters():
+                param.data = param.data[:1].clone()                    # starts as the first policy
 
     def make_optimizers(self, lr: float) -> dict[str, torch.optim.Optimizer]:
         """One Adam each for policies, critics and temperatures, and for the common policy of dnc."""
@@ -648,7 +650,7 @@ def train(args: Args) -> Path | None:
 
     while global_step < args.total_timesteps and not run.stop_signal:
         # Divide-and-Conquer: all policies restart from their common one -------------------------------------
-        if args.method == "dnc" and crossed(global_step - num_tasks, global_step, args.distill_every):
+        if args.method == "dnc" and global_step and crossed(global_step - num_tasks, global_step, args.distill_every):
             distill(args, learners, optimizers["centroid"], buffer, rng)
 
         # Act: in every task the policy that its own critic prefers ------------------------------------------
@@ -725,41 +727,40 @@ def plot_mixture(path: Path, counts: Tensor, names: list[str]) -> None:
     Args:
         counts: steps of task i taken by policy j, (T, T). The diagonal, which would hide the rest, has its own panel.
     """
-    share = counts.double() / counts.sum(1, keepdim=True).clamp(min=1)
-    own, lent = share.diagonal()[:, None], share.clone().fill_diagonal_(0)
-    figure, axes = plt.subplots(1, 2, figsize=(2.5 + 0.75 * len(names), 1.2 + 0.5 * len(names)),
-                                width_ratios=[len(names), 1], layout="constrained")
-    for axis, values, top, title in ((axes[0], lent, float(lent.max()) or 1.0, "share of steps borrowed"),
-                                     (axes[1], own, 1.0, "own policy")):
+    share = (counts / counts.sum(1, keepdim=True)).numpy()
+    own, lent = share.diagonal()[:, None], share * (1 - np.eye(len(names)))
+    figure = Figure(figsize=(2.5 + 0.75 * len(names), 1.2 + 0.5 * len(names)), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[len(names), 1])
+    for axis, values, title in ((left, lent, "share of steps borrowed"), (right, own, "own policy")):
+        top = max(float(values.max()), 0.01)
         axis.imshow(values, vmin=0, vmax=top, cmap="Blues", aspect="auto")
-        for (row, column), value in np.ndenumerate(values.numpy()):
-            if values is own or row != column:
+        for (row, column), value in np.ndenumerate(values):
+            if axis is right or row != column:
                 axis.text(column, row, f"{100 * value:.0f}%", ha="center", va="center", fontsize=8,
                           color="white" if value > 0.6 * top else "black")
         axis.set_title(title, fontsize=9)
-        axis.set_yticks(range(len(names)), names if axis is axes[0] else [])
-    axes[0].set_xticks(range(len(names)), names, rotation=45)
-    axes[1].set_xticks([])
-    axes[0].set(xlabel="policy that acted", ylabel="task that was acted in")
+        axis.set(xticks=[], yticks=[])
+    left.set_xticks(range(len(names)), names, rotation=45)
+    left.set_yticks(range(len(names)), names)
+    left.set(xlabel="policy that acted", ylabel="task that was acted in")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def plot_paths(path: Path, task_ids: list[int], names: list[str], paths: list[np.ndarray]) -> None:
     """The first evaluation episode of each task, drawn into the maze: dot = start, star = goal."""
-    figure, axis = plt.subplots(figsize=(9, 6), layout="constrained")
-    axis.imshow(np.array([[cell == "#" for cell in line] for line in MAZE]), cmap="Greys", vmax=1.6)
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow([[cell == "#" for cell in line] for line in MAZE], cmap="Greys", vmax=1.6)
     for i, (task, points) in enumerate(zip(task_ids, paths)):
-        colour, goal = plt.cm.tab10(task), np.array(MAZE_TASKS[task][1]) + 0.2
+        colour, goal = matplotlib.colormaps["tab10"](task), np.array(MAZE_TASKS[task][1]) + 0.2
         row, column = points[:, :2].T + 0.2                            # qpos is 0.2 off the cells' centres
         reached = math.dist((row[-1], column[-1]), goal) <= 0.5
         axis.plot(column, row, color=colour, linewidth=1.6, label=names[i] + ("" if reached else " (not reached)"))
         axis.plot(column[0], row[0], "o", color=colour)
         axis.plot(goal[1], goal[0], "*", color=colour, markersize=14, markeredgecolor="black", markeredgewidth=0.5)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    axis.set(xlabel="column", ylabel="row", title="paths of the evaluated policies")
+    axis.set(xlabel="column", ylabel="row", title="paths of the evaluated policies: dot = start, star = goal")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -872,7 +873,8 @@ def save_animation(path: Path, names: list[str], frames: list[list[np.ndarray]])
 def plot_curves(folder: Path, names: list[str]) -> None:
     """curves.png from metrics.csv: success and return over environment steps, the mean thick, each task thin."""
     table = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True, deletechars="", ndmin=1)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
     for axis, kind in zip(axes, ("success", "return")):
         for name in names:
             axis.plot(table["global_step"], table[f"{name}/{kind}"], linewidth=0.8, alpha=0.8, label=name)
@@ -880,7 +882,6 @@ def plot_curves(folder: Path, names: list[str]) -> None:
         axis.set(xlabel="environment steps, summed over tasks", ylabel=f"evaluated {kind}")
     axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.savefig(folder / "curves.png", dpi=120)
-    plt.close(figure)
 
 
 class Run:

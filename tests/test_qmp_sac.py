@@ -1,0 +1,477 @@
+"""QMP: the Q-switch and its baselines by hand, the maze against its acceptance table, SAC against independent code."""
+import itertools
+import math
+from collections import deque
+from typing import get_args, get_type_hints
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from torch.distributions import Normal, TransformedDistribution, kl_divergence
+from torch.distributions.transforms import TanhTransform
+
+import qmp_sac as qmp
+
+SMALL = dict(tasks=(0, 4, 8), total_timesteps=1_800, train_every=100, learning_starts=200, gradient_steps=3,
+             hidden_size=16, batch_size=24, eval_every=900, eval_episodes=1, checkpoint_every=900)
+
+
+def learners_and_batch(method="separated", num_tasks=3, **settings):
+    """Small learners after a seed, with one random batch of 30 transitions per task."""
+    args = qmp.Args(**SMALL | dict(method=method, tasks=tuple(range(num_tasks))) | settings)
+    torch.manual_seed(0)
+    learners = qmp.Learners(args, num_tasks, 4, 2)
+    batch = [torch.randn(num_tasks, 30, 4), torch.rand(num_tasks, 30, 2) * 2 - 1, torch.randn(num_tasks, 30),
+             torch.randn(num_tasks, 30, 4), (torch.rand(num_tasks, 30) < 0.3).float()]
+    return args, learners, learners.make_optimizers(1e-2), batch
+
+
+def csv_without_seconds(folder):
+    rows = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()]
+    return [row[:1] + row[2:] for row in rows]
+
+
+# --- the Q-switch --------------------------------------------------------------------------------------------------
+class Prefers:
+    """A critic whose value is known: 1 for the action nearest to `favourite`, less for the others."""
+
+    def __init__(self, favourite):
+        self.favourite = torch.tensor(favourite)          # (T, A)
+
+    def __call__(self, obs, actions):
+        return 1 - (actions - self.favourite[:, None]).norm(dim=-1)
+
+
+def test_q_switch_follows_each_tasks_own_critic():
+    proposals = torch.tensor([[0.0], [0.5], [-0.5]]).expand(3, 3, 1)           # every task is offered 0, .5, -.5
+    critic = Prefers([[-0.6], [0.1], [0.9]])
+    assert qmp.q_switch(torch.zeros(3, 4), proposals, critic, None).tolist() == [2, 0, 1]
+
+
+def test_q_switch_takes_the_smaller_twin_and_breaks_ties_downwards():
+    proposals = torch.tensor([[[0.0], [1.0]]])
+    optimist, pessimist = lambda o, a: a[..., 0], lambda o, a: -2 * a[..., 0]
+    assert qmp.q_switch(torch.zeros(1, 4), proposals, optimist, None).tolist() == [1]
+    assert qmp.q_switch(torch.zeros(1, 4), proposals, optimist, pessimist).tolist() == [0]
+    constant = lambda o, a: torch.zeros(a.shape[:-1])                                              # noqa: E731
+    assert qmp.q_switch(torch.zeros(5, 4), torch.rand(5, 7, 2), constant, constant).tolist() == [0] * 5
+
+
+def test_proposals_come_from_the_right_policy_in_the_right_state():
+    _, learners, _, _ = learners_and_batch()
+    obs = torch.randn(3, 4)
+    _, means = qmp.propose_actions(learners.actor, obs)                        # (states, policies, A)
+    for state, policy in itertools.product(range(3), range(3)):
+        hidden = obs[state]
+        for layer in range(3):
+            net = learners.actor.net
+            hidden = hidden @ net.weights[layer][policy] + net.biases[layer][policy, 0]
+            hidden = hidden.relu() if layer < 2 else hidden
+        torch.testing.assert_close(means[state, policy], hidden[:2].tanh())
+
+
+@pytest.mark.parametrize("method", ["qmp", "qmp-multihead"])
+def test_one_policy_that_all_critics_prefer_acts_everywhere(method, monkeypatch):
+    args, learners, _, _ = learners_and_batch(method, switch_action="mean")
+    with torch.no_grad():
+        learners.actor.net.weights[-1].zero_()
+        learners.actor.net.biases[-1][1, 0, 0] = 3.0                           # policy 1 pushes to +1 along x
+    monkeypatch.setattr(qmp.Critic, "forward", lambda self, obs, actions: actions[..., 0])
+    actions, chosen = qmp.behave(args, learners, torch.randn(3, 4), own_policy=False)
+    assert chosen.tolist() == [1, 1, 1]
+    _, own = qmp.behave(args, learners, torch.randn(3, 4), own_policy=True)    # warm-up
+    assert own.tolist() == [0, 1, 2]
+
+
+def test_sample_mode_executes_the_scored_sample_and_mean_mode_a_sample_of_the_chosen_policy():
+    args, learners, _, _ = learners_and_batch("qmp")
+    obs = torch.randn(3, 4)
+    torch.manual_seed(5)
+    samples, means = qmp.propose_actions(learners.actor, obs)
+    for mode, scored in (("sample", samples), ("mean", means)):
+        torch.manual_seed(5)
+        args.switch_action = mode
+        actions, chosen = qmp.behave(args, learners, obs, own_policy=False)
+        assert torch.equal(chosen, qmp.q_switch(obs, scored, learners.qf1, learners.qf2))
+        assert torch.equal(actions, samples[range(3), chosen])
+
+
+def test_uniform_mixture_is_uniform():
+    args, learners, _, _ = learners_and_batch("qmp-uniform")
+    torch.manual_seed(0)
+    draws = torch.stack([qmp.behave(args, learners, torch.zeros(3, 4), False)[1] for _ in range(2_000)])
+    share = torch.stack([(draws == policy).double().mean(0) for policy in range(3)])
+    assert (share - 1 / 3).abs().max() < 0.05                                  # 4.7 standard errors
+
+
+# --- Divide-and-Conquer --------------------------------------------------------------------------------------------
+def test_pairwise_kl_against_torch_distributions_and_its_gradient():
+    mean, log_std = torch.randn(3, 5, 2), torch.randn(3, 5, 2) * 0.3
+    mean.requires_grad_()
+    kl = qmp.pairwise_kl(mean, log_std)
+    for i, j in itertools.product(range(3), range(3)):
+        expected = kl_divergence(Normal(mean[j], log_std[j].exp()), Normal(mean[i], log_std[i].exp())).mean()
+        torch.testing.assert_close(kl[i, j], expected)
+    gradient, = torch.autograd.grad(kl[0].sum(), mean)
+    assert gradient[0].abs().max() > 0 and gradient[1:].abs().max() == 0       # policy j is a constant in i's loss
+
+
+@pytest.mark.parametrize("target", ["replay", "policy"])
+def test_distillation_makes_policies_equal_and_imitates(target):
+    args, learners, optimizers, _ = learners_and_batch("dnc", distill_steps=300, distill_target=target)
+    buffer, rng = qmp.ReplayBuffer(3, 50, 4, 2, torch.device("cpu")), np.random.default_rng(0)
+    for _ in range(50):                                                        # everyone's behaviour: push to +.5, -.5
+        zeros = np.zeros((3, 4), np.float32)
+        buffer.add(zeros, np.tile([[0.5, -0.5]], (3, 1)), np.zeros(3), zeros, np.zeros(3))
+    with torch.no_grad():
+        for policy in (0, 1, 2):                                               # and everyone's policy: +.2 before tanh
+            learners.actor.net.biases[-1][policy, 0, :2] = 0.2
+    qmp.distill(args, learners, optimizers["centroid"], buffer, rng)
+    for param in learners.actor.parameters():
+        assert torch.equal(param[0], param[1]) and torch.equal(param[0], param[2])
+    mean, _ = learners.actor(torch.zeros(3, 1, 4))
+    expected = torch.tensor([0.5, -0.5]) if target == "replay" else torch.full((2,), math.tanh(0.2))
+    assert (mean[0, 0].tanh() - expected).abs().max() < 0.05
+    assert qmp.pairwise_kl(*learners.actor(torch.randn(1, 7, 4).expand(3, 7, 4))).abs().max() < 1e-6
+
+
+# --- SAC -----------------------------------------------------------------------------------------------------------
+def test_squash_against_torch_distributions():
+    torch.manual_seed(0)
+    mean, log_std, noise = torch.randn(3, 7, 2).double() * 0.5
+    actions, log_prob = qmp.squash(mean, log_std, noise)
+    assert actions.abs().max() < 0.99                                          # beyond, the 1e-6 in the logarithm shows
+    reference = TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform())
+    torch.testing.assert_close(log_prob, reference.log_prob(actions).sum(-1), atol=1e-3, rtol=0)
+
+
+def test_losses_by_hand():
+    one = torch.ones(1, 1)
+    target = qmp.soft_target(torch.tensor([[1.0, 1.0]]), torch.tensor([[0.0, 1.0]]), torch.tensor([[10.0, 10.0]]),
+                             torch.tensor([[2.0, 2.0]]), 0.5 * one, gamma=0.9)
+    assert target.tolist() == [[pytest.approx(1 + 0.9 * (10 - 0.5 * 2)), 1.0]]         # termination cuts the bootstrap
+    assert qmp.critic_loss(torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 0.0]]), torch.zeros(1, 2)).tolist() == [5.0]
+    assert qmp.actor_loss(torch.tensor([[4.0]]), torch.tensor([[-3.0]]), 0.5 * one).tolist() == [-5.5]
+    log_alpha = torch.zeros(2, requires_grad=True)
+    qmp.temperature_loss(log_alpha, torch.tensor([[5.0], [-5.0]]), -2.0).sum().backward()
+    assert log_alpha.grad.tolist() == [-3.0, 7.0]          # too little entropy: alpha grows; too much: it shrinks
+
+
+class PlainSAC:
+    """One SAC learner in ordinary modules: an independent oracle for one task of the ensemble."""
+
+    def __init__(self, learners, task, lr):
+        def linear_net(stack):
+            layers = []
+            for weight, bias in zip(stack.weights, stack.biases):
+                layer = torch.nn.Linear(*weight.shape[1:])
+                layer.weight.data, layer.bias.data = weight[task].t().clone(), bias[task, 0].clone()
+                layers += [layer, torch.nn.ReLU()]
+            return torch.nn.Sequential(*layers[:-1])
+        self.policy = linear_net(learners.actor.net)
+        self.q = [linear_net(critic.net) for critic in (learners.qf1, learners.qf2)]
+        self.targets = [linear_net(critic.net) for critic in (learners.qf1_target, learners.qf2_target)]
+        self.log_alpha = torch.zeros((), requires_grad=True)
+        self.optimizers = [torch.optim.Adam(p, lr=lr) for p in
+                           ([*self.q[0].parameters(), *self.q[1].parameters()], self.policy.parameters(), [self.log_alpha])]
+
+    def act(self, obs, noise):
+        mean, log_std = self.policy(obs).split(2, dim=-1)
+        normal = Normal(mean, log_std.clamp(-20, 2).exp())
+        raw = normal.mean + normal.stddev * noise
+        return raw.tanh(), (normal.log_prob(raw) - torch.log(1 - raw.tanh() ** 2 + 1e-6)).sum(-1)
+
+    def update(self, obs, actions, rewards, next_obs, terminations, next_noise, noise):
+        def values(nets, o, a):
+            return [net(torch.cat([o, a], -1))[:, 0] for net in nets]
+        alpha = self.log_alpha.exp().item()
+        with torch.no_grad():
+            next_actions, next_log_prob = self.act(next_obs, next_noise)
+            bootstrap = torch.minimum(*values(self.targets, next_obs, next_actions)) - alpha * next_log_prob
+            goal = rewards + 0.99 * (1 - terminations) * bootstrap
+        q_loss = sum(torch.nn.functional.mse_loss(value, goal) for value in values(self.q, obs, actions))
+        pi_loss = None
+        for number, optimizer in enumerate(self.optimizers):
+            if number == 1:
+                pi, log_prob = self.act(obs, noise)
+                pi_loss = (alpha * log_prob - torch.minimum(*values(self.q, obs, pi))).mean()
+            loss = [q_loss, pi_loss, -(self.log_alpha * (log_prob.detach() - 2).mean()) if number == 2 else None][number]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        for net, target in zip(self.q, self.targets):
+            for p, t in zip(net.parameters(), target.parameters()):
+                t.data = 0.995 * t.data + 0.005 * p.data
+
+
+def test_ensemble_equals_independent_learners():
+    args, learners, optimizers, batch = learners_and_batch("separated")
+    plain = [PlainSAC(learners, task, 1e-2) for task in range(3)]
+    for round_ in range(4):
+        torch.manual_seed(round_)
+        next_noise, noise = torch.randn(3, 30, 2), torch.randn(3, 30, 2)
+        torch.manual_seed(round_)
+        qmp.update(args, learners, optimizers, batch)
+        for task, learner in enumerate(plain):
+            learner.update(*(field[task] for field in batch), next_noise[task], noise[task])
+    for task, learner in enumerate(plain):
+        for net, stack in ((learner.policy, learners.actor.net), (learner.q[1], learners.qf2.net),
+                           (learner.targets[0], learners.qf1_target.net)):
+            for layer, weight in zip(net[::2], stack.weights):
+                torch.testing.assert_close(layer.weight.t(), weight[task], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(learner.log_alpha, learners.log_alpha[task])
+
+
+def test_tasks_do_not_touch_each_other_unless_they_share_layers():
+    for method, touched in (("separated", False), ("shared-multihead", True)):
+        args, learners, optimizers, batch = learners_and_batch(method)
+        before = learners.actor(batch[0])[0].detach().clone()
+        batch[2][0] += 100.0                                                   # only task 0 sees other rewards ...
+        other = learners_and_batch(method)
+        for a, l, o, b in ((args, learners, optimizers, batch), other):
+            torch.manual_seed(1)
+            for _ in range(2):
+                qmp.update(a, l, o, b)
+        changed = (learners.qf1(batch[0], batch[1]) - other[1].qf1(batch[0], batch[1])).abs().amax(1)
+        assert changed[0] > 1e-3 and bool(changed[1] > 1e-4) == touched        # ... and only it learns something else
+        assert not torch.equal(before, learners.actor(batch[0])[0])
+
+
+@pytest.mark.parametrize("method, members", [("separated", [3, 3, 3]), ("shared-multihead", [1, 1, 3]), ("shared", [1] * 3)])
+def test_who_shares_which_layer(method, members):
+    _, learners, _, _ = learners_and_batch(method)
+    assert [len(weight) for weight in learners.actor.net.weights] == members
+    assert [len(weight) for weight in learners.qf1.net.weights] == members
+    assert len(learners.log_alpha) == members[-1]
+
+
+def test_shared_networks_have_about_as_many_parameters_as_ten_separate_ones():
+    def size(method):
+        args = qmp.Args(method=method)
+        return sum(p.numel() for p in qmp.Learners(args, 10, 4, 2).actor.parameters())
+    assert size("separated") == 10 * (4 * 256 + 256 + 256 * 256 + 256 + 256 * 4 + 4)
+    assert size("shared") / size("separated") == pytest.approx(1, abs=0.05)
+
+
+def test_xavier_bounds_and_zero_biases():
+    torch.manual_seed(0)
+    learners = qmp.Learners(qmp.Args(), 10, 4, 2)
+    weight = learners.actor.net.weights[1].detach()                                     # U(+-sqrt(6 / (256 + 256)))
+    assert weight.abs().max() < math.sqrt(6 / 512) and weight.std().item() == pytest.approx(math.sqrt(2 / 512), rel=0.01)
+    assert learners.qf1.net.weights[1].std().item() == pytest.approx(math.sqrt(2 / 512), rel=0.01)  # N(0, 2 / 512)
+    assert all(bias.abs().max() == 0 for bias in learners.actor.net.biases)
+
+
+def test_replay_keeps_the_last_transitions_of_each_task_apart():
+    buffer = qmp.ReplayBuffer(2, 3, 1, 1, torch.device("cpu"))
+    for t in range(5):
+        value = np.array([[t], [t + 100.0]])
+        buffer.add(value, -value, value[:, 0] * 2, value + 0.5, np.array([t % 2 == 0, False]))
+    obs, actions, rewards, next_obs, terminations = buffer.sample(np.random.default_rng(0), 200)
+    assert len(buffer) == 3 and obs.shape == (2, 200, 1) and rewards.shape == (2, 200)
+    assert set(obs[0].flatten().tolist()) == {2, 3, 4} and set(obs[1].flatten().tolist()) == {102, 103, 104}
+    assert torch.equal(actions, -obs) and torch.equal(rewards, 2 * obs[..., 0]) and torch.equal(next_obs, obs + 0.5)
+    assert torch.equal(terminations[0], (obs[0, :, 0] % 2 == 0).float()) and not terminations[1].any()
+
+
+# --- the maze ------------------------------------------------------------------------------------------------------
+def test_maze_layout_and_mass():
+    assert sum(line.count(".") for line in qmp.MAZE) == 46 and sum(line.count("#") for line in qmp.MAZE) == 62
+    assert qmp.maze_model().body_mass[1] == pytest.approx(4.18879, abs=1e-5)
+    for start, goal in qmp.MAZE_TASKS:
+        assert qmp.MAZE[start[0]][start[1]] == qmp.MAZE[goal[0]][goal[1]] == "."
+
+
+def test_free_motion_is_the_closed_form():
+    env = qmp.MazeEnv((3, 3), (3, 6))
+    env.reset(seed=0)
+    x, v = env.data.qpos.copy(), env.data.qvel.copy()
+    for _ in range(30):
+        env.step(np.array([0.0, 0.3]))
+        v += 0.01 * (100 * np.array([0.0, 0.3]) - v) / (4 / 3 * math.pi + 0.01)    # implicit damping 1, mass 4.19
+        x += 0.01 * v
+        assert np.abs(x - env.data.qpos).max() < 1e-12
+
+
+def test_velocity_is_clipped_before_the_step_and_actions_to_one():
+    env = qmp.MazeEnv((3, 3), (3, 6))
+    env.reset(seed=0)
+    env.data.qvel[:] = [0.0, 50.0]
+    env.step(np.array([0.0, 9.0]))
+    assert env.data.qvel[1] == pytest.approx(5 + 0.01 * (100 - 5) / (4 / 3 * math.pi + 0.01))
+
+
+def test_reward_and_termination_at_half_a_metre():
+    env = qmp.MazeEnv((3, 3), (3, 6))
+    for offset, ends in ((0.51, False), (0.49, True)):
+        env.reset(seed=0)
+        env.data.qpos[:], env.data.qvel[:] = (3, 6 - offset), 0
+        _, reward, terminated, truncated, info = env.step(np.zeros(2))
+        assert reward == pytest.approx(math.exp(-offset) - 1) and reward < 0
+        assert (terminated, truncated, bool(info["success"])) == (ends, False, ends)
+
+
+def test_reset_distribution():
+    env = qmp.MazeEnv((7, 4), (4, 10))
+    states = np.array([env.reset(seed=seed)[0] for seed in range(500)])
+    offset = states[:, :2] - [7, 4]
+    assert np.abs(offset).max() <= 0.1 and offset.std() == pytest.approx(0.2 / math.sqrt(12), rel=0.1)
+    assert states[:, 2:].std() == pytest.approx(0.1, rel=0.1)
+
+
+def test_gymnasium_accepts_the_maze_and_the_time_limit_is_600():
+    check_env(qmp.MazeEnv((3, 3), (3, 6)), skip_render_check=True)
+    env = qmp.make_env(qmp.Args(), 8)
+    env.reset(seed=0)
+    for t in range(1, 601):
+        _, _, terminated, truncated, _ = env.step(np.zeros(2, np.float32))
+        assert not terminated and truncated == (t == 600)
+
+
+def shortest_path(start, goal):
+    previous, queue = {start: None}, deque([start])
+    while goal not in previous:
+        row, col = queue.popleft()
+        for cell in ((row, col + 1), (row + 1, col), (row, col - 1), (row - 1, col)):
+            if qmp.MAZE[cell[0]][cell[1]] == "." and cell not in previous:
+                previous[cell] = (row, col)
+                queue.append(cell)
+    path = [goal]
+    while previous[path[-1]] is not None:
+        path.append(previous[path[-1]])
+    return path[::-1]
+
+
+@pytest.mark.parametrize("task, moves, steps", list(zip(range(10), [9, 9, 9, 9, 11, 11, 11, 12, 14, 15],
+                                                        [219, 201, 214, 195, 251, 265, 256, 254, 321, 356])))
+def test_a_pd_controller_along_the_shortest_path_needs_the_known_number_of_steps(task, moves, steps):
+    start, goal = qmp.MAZE_TASKS[task]
+    path = shortest_path(start, goal)
+    assert len(path) - 1 == moves
+    waypoints, env, taken = [np.array(cell) - 0.2 for cell in path[1:-1]] + [np.array(goal)], qmp.MazeEnv(start, goal), 0
+    obs, _ = env.reset(seed=0)
+    terminated = False
+    while not terminated and taken < 600:
+        if len(waypoints) > 1 and np.linalg.norm(obs[:2] - waypoints[0]) < 0.3:
+            waypoints.pop(0)
+        obs, _, terminated, _, _ = env.step(10 * (waypoints[0] - obs[:2]) - obs[2:])
+        taken += 1
+    assert terminated and taken == pytest.approx(steps, rel=0.1)
+
+
+def test_time_limits_bootstrap_and_store_the_last_observation(monkeypatch):
+    monkeypatch.setitem(qmp.HORIZON, "maze", 7)
+    args = qmp.Args(tasks=(0, 1))
+    envs = qmp.make_envs(args, [0, 1])
+    obs, _ = envs.reset(seed=0)
+    for t in range(1, 8):
+        obs, _, terminations, truncations, infos = envs.step(np.ones((2, 2), np.float32))
+        led_to = qmp.true_next_obs(obs, infos)
+        assert not terminations.any() and truncations.all() == (t == 7)
+        assert np.array_equal(led_to, obs) == (t < 7)
+    start = [task[0] for task in qmp.MAZE_TASKS[:2]]
+    assert np.abs(obs[:, :2] - start).max() <= 0.1 < np.abs(led_to[:, :2] - start).max()
+    assert [(task, length, success) for task, _, length, success in qmp.finished_episodes(infos)] == [(0, 7, 0), (1, 7, 0)]
+
+
+# --- whole runs ----------------------------------------------------------------------------------------------------
+class Probe(gym.Env):
+    """One step, reward -(distance to a target that differs by task)^2: SAC must find the target."""
+    targets = np.array([[0.6, -0.4], [-0.5, 0.1]])
+
+    def __init__(self, task):
+        self.target = self.targets[task]
+        self.observation_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.np_random.uniform(-1, 1, 2).astype(np.float32), {"success": False}
+
+    def step(self, action):
+        reward = -5 * float(np.square(action - self.target).sum())
+        return np.zeros(2, np.float32), reward, True, False, {"success": reward > -0.2}
+
+
+@pytest.mark.parametrize("method", ["qmp", "separated", "shared-multihead"])
+def test_a_probe_task_is_learnt(method, monkeypatch, tmp_path):
+    monkeypatch.setattr(qmp, "make_env", lambda args, task: gym.wrappers.RecordEpisodeStatistics(Probe(task)))
+    args = qmp.Args(method=method, tasks=(0, 1), total_timesteps=3_000, train_every=10, learning_starts=100,
+                    gradient_steps=5 if method != "shared-multihead" else 3, hidden_size=32, batch_size=64, lr=3e-3,
+                    eval_every=3_000, runs_dir=tmp_path)
+    first = qmp.train(args)
+    rows = csv_without_seconds(first)
+    assert float(rows[-1][rows[0].index("mean_success")]) == 1.0
+
+
+@pytest.mark.parametrize("method", get_args(get_type_hints(qmp.Args)["method"]))
+def test_every_method_runs_and_updates(method, tmp_path):
+    args = qmp.Args(**SMALL | dict(method=method, runs_dir=tmp_path, distill_steps=5, mixture_warmup=1))
+    folder = qmp.train(args)
+    checkpoint = qmp.load_checkpoint(folder)
+    torch.manual_seed(args.seed)
+    untrained = qmp.Learners(args, 3, 4, 2).state_dict()
+    for name in ("actor.net.weights.1", "qf1.net.weights.1", "qf2_target.net.weights.1", "log_alpha"):
+        assert not torch.equal(untrained[name], checkpoint["learners"][name]), name
+    counts = checkpoint["counts"]
+    assert counts.sum(1).tolist() == [600, 600, 600] and checkpoint["num_added"] == 600
+    share = np.loadtxt(folder / "mixture.csv", delimiter=",")
+    assert np.allclose(share.sum(1), 1, atol=1e-5)
+    if "qmp" not in method:
+        assert np.array_equal(share, np.eye(3))
+    assert {path.name for path in folder.iterdir()} >= {"args.json", "metrics.csv", "checkpoint.pt", "curves.png",
+                                                        "mixture.png", "paths.png"}
+
+
+def test_stored_action_is_the_executed_one(monkeypatch, tmp_path):
+    executed = []
+    step = qmp.MazeEnv.step
+    monkeypatch.setattr(qmp.MazeEnv, "step", lambda self, action: (executed.append((id(self), *action)), step(self, action))[1])
+    evaluate = qmp.evaluate
+    monkeypatch.setattr(qmp, "evaluate", lambda *a, **k: (executed.append(None), evaluate(*a, **k))[1])
+    folder = qmp.train(qmp.Args(**SMALL | dict(runs_dir=tmp_path, total_timesteps=300, eval_every=300)))
+    training = np.array(executed[:executed.index(None)])
+    stored = qmp.load_checkpoint(folder)["buffer"][:, :100, 4:6]               # (T, steps, A)
+    assert np.allclose(training[:, 1:].reshape(100, 3, 2).transpose(1, 0, 2), stored)
+
+
+def test_evaluation_asks_no_policy_but_the_tasks_own(tmp_path):
+    """With T policies of which only the own one is sane, evaluation must not see the others."""
+    folder = qmp.train(qmp.Args(**SMALL | dict(runs_dir=tmp_path, total_timesteps=300)))
+    state = qmp.load_checkpoint(folder)
+    seen = {}
+    for poisoned in (None, 0, 2):
+        args = qmp.read_args(qmp.Args, ["--evaluate", str(folder)])
+        learners = qmp.Learners(args, 3, 4, 2)
+        learners.load_state_dict(state["learners"])
+        if poisoned is not None:
+            with torch.no_grad():
+                for param in learners.actor.parameters():
+                    param[poisoned] = float("nan")
+        def act(obs, learners=learners):
+            return learners.actor(torch.as_tensor(obs)[:, None])[0].tanh().squeeze(1).nan_to_num(0).detach().numpy()
+        seen[poisoned] = qmp.evaluate(args, [0, 4, 8], act)["returns"][:, 0]
+    assert seen[0][1] == seen[None][1] and seen[0][2] == seen[None][2] and seen[2][0] == seen[None][0]
+
+
+@pytest.mark.parametrize("one, other", [
+    (dict(method="qmp", tasks=(4,)), dict(method="separated", tasks=(4,))),
+    (dict(method="dnc-reg", kl_weight=0.0), dict(method="separated")),
+    (dict(method="dnc", kl_weight=0.0, distill_every=10**6), dict(method="separated"))])
+def test_methods_that_must_coincide_do(one, other, tmp_path):
+    folders = [qmp.train(qmp.Args(**SMALL | settings | dict(runs_dir=tmp_path / name)))
+               for name, settings in (("one", one), ("other", other))]
+    assert csv_without_seconds(folders[0]) == csv_without_seconds(folders[1])
+    states = [qmp.load_checkpoint(folder)["learners"] for folder in folders]
+    for name, value in states[1].items():
+        torch.testing.assert_close(states[0][name], value, rtol=0, atol=0)
+
+
+def test_evaluating_more_often_changes_no_training_number(tmp_path):
+    runs = [qmp.load_checkpoint(qmp.train(qmp.Args(**SMALL | settings))) for settings in
+            (dict(runs_dir=tmp_path / "a"), dict(runs_dir=tmp_path / "b", eval_every=150, eval_mixture=True))]
+    for name, value in runs[0]["learners"].items():
+        assert torch.equal(value, runs[1]["learners"][name])
+    assert torch.equal(runs[0]["buffer"], runs[1]["buffer"]) and torch.equal(runs[0]["counts"], runs[1]["counts"])
