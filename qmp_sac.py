@@ -114,13 +114,13 @@ class Args:
     mixture_warmup: int | None = None
     """rounds of --train-every steps with the own policy before the mixture acts; None: 100 for qmp-multihead, else 0"""
     learning_starts: int | None = None
-    """transitions per task before the first update"""
+    """transitions per task before the first update; None: the preset of --env"""
     train_every: int | None = None
-    """environment steps per task between two rounds of updates"""
+    """environment steps per task between two rounds of updates; None: the preset of --env"""
     gradient_steps: int | None = None
-    """updates per task in a round; a network shared by T tasks takes T times as many steps, on batches 1/T per task"""
+    """updates per task in a round; networks that T tasks share make T times as many; None: the preset of --env"""
     batch_size: int | None = None
-    """transitions per task per update; per update in all where tasks share a network"""
+    """transitions per task and update; of all tasks together where they share networks; None: the preset of --env"""
     buffer_size: int = 1_000_000
     """replay capacity per task, transitions"""
     hidden_size: int | None = None
@@ -128,7 +128,7 @@ class Args:
     activation: Literal["relu", "tanh"] = "relu"
     """hidden units: relu (authors' code) or tanh (paper)"""
     lr: float | None = None
-    """Adam step size of policies, critics and temperatures"""
+    """Adam step size of policies, critics and temperatures; None: the preset of --env"""
     gamma: float = 0.99
     """discount factor"""
     tau: float = 0.005
@@ -643,7 +643,8 @@ def train(args: Args) -> Path | None:
         run.save(dict(
             global_step=global_step, learners=learners.state_dict(), counts=counts, recent=recent,
             optimizers={name: optimizer.state_dict() for name, optimizer in optimizers.items()},
-            num_added=buffer.num_added, buffer=buffer.data[:, :len(buffer)].cpu(), world=get_world(envs, obs, rng)))
+            world=get_world(envs, obs, rng), num_added=buffer.num_added,
+            buffer=buffer.data[:, :len(buffer)].clone().cpu()))       # a clone, or torch.save writes the empty part too
 
     if not args.resume:
         save()                                                         # from here on a killed run can be resumed
@@ -994,17 +995,18 @@ def read_args(settings: type, argv: list[str] | None = None):
         return args
     try:
         about = json.loads((folder / "args.json").read_text())
-        stored = {key: tuple(v) if isinstance(v, list) else v for key, v in about["args"].items()}
-    except (OSError, ValueError, KeyError) as error:
-        raise Failure(f"{flag} {folder}: no readable args.json there; name a folder below {args.runs_dir}/") from error
-    if about["script"] != Path(__file__).stem:
-        raise Failure(f"{flag} {folder}: that run was made by {about['script']}.py; use that script")
-    stored |= {"runs_dir": Path(stored["runs_dir"]), "resume": None, "evaluate": None}
-    args = tyro.cli(settings, args=argv, default=settings(**stored))
+        if about["script"] != Path(__file__).stem:
+            raise Failure(f"{flag} {folder}: that run was made by {about['script']}.py; use that script")
+        stored = {key: tuple(v) if isinstance(v, list) else v for key, v in about["args"].items()}     # JSON has lists
+        stored = settings(**stored | {"runs_dir": Path(stored["runs_dir"]), "resume": None, "evaluate": None})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Failure(f"{flag} {folder}: no args.json there that this version can read ({error}); "
+                      f"give a run folder, such as those below {args.runs_dir}/") from error
+    args = tyro.cli(settings, args=argv, default=stored)
     for name, value in asdict(args).items():
-        if name not in MAY_CHANGE and value != stored[name]:
-            raise Failure(f"{flag} {folder}: that run was made with --{name.replace('_', '-')} {stored[name]}, not "
-                          f"{value}; leave the flag out, or start a new run")
+        if name not in MAY_CHANGE and value != getattr(stored, name):
+            raise Failure(f"{flag} {folder}: that run was made with --{name.replace('_', '-')} "
+                          f"{getattr(stored, name)}, not {value}; leave the flag out, or start a new run")
     return args
 
 

@@ -1,0 +1,349 @@
+"""What every script promises, whatever its algorithm: one floor plan, exact resumption, clear errors, no loose ends."""
+import ast
+import importlib
+import json
+import os
+import random
+import re
+import resource
+import shlex
+import shutil
+import signal
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SCRIPTS
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+# A run of seconds that passes the first update, several evaluations and several checkpoints
+QUICK = {
+    "qmp_sac.py": "--tasks 0 4 8 --total-timesteps 6000 --train-every 100 --learning-starts 200 --gradient-steps 3 "
+                  "--hidden-size 16 --batch-size 16 --eval-every 900 --eval-episodes 1 --checkpoint-every 600",
+}
+RESTARTS_EXACTLY = {"qmp_sac.py"}                         # their simulators give their whole state
+every_script = pytest.mark.parametrize("script", [path.name for path in SCRIPTS])
+
+
+def module_of(script):
+    return importlib.import_module(script.removesuffix(".py"))
+
+
+def run_here(script, arguments, monkeypatch):
+    """What `python SCRIPT ARGUMENTS` does, in this process: fast, and with the same exit status."""
+    module = module_of(script)
+    monkeypatch.setattr(sys, "argv", [script, *shlex.split(arguments)])
+    module.run_script(module.Args, module.train)
+
+
+def only_run(folder):
+    run, = folder.iterdir()
+    return run
+
+
+def metrics(run):
+    """metrics.csv without the column `seconds`, the one thing that differs between equal runs."""
+    return [row.split(",")[:1] + row.split(",")[2:] for row in (run / "metrics.csv").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def straight_run(tmp_path_factory):
+    """One uninterrupted quick run per script, made when first asked for."""
+    made = {}
+
+    def get(script):
+        if script not in made:
+            folder = tmp_path_factory.mktemp("straight")
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                run_here(script, f"{QUICK[script]} --runs-dir {folder}", monkeypatch)
+            made[script] = only_run(folder)
+        return made[script]
+    return get
+
+
+# --- a script alone ------------------------------------------------------------------------------------------------
+@every_script
+def test_file_alone_in_an_empty_folder(script, command_line, tmp_path, straight_run):
+    result = command_line(script, *QUICK[script].split())
+    assert result.returncode == 0, result.stderr
+    run = only_run(tmp_path / "runs")
+    assert re.fullmatch(rf"[\w-]+__{script[:-3]}__[\w-]+__s1__\d+-\d+", run.name)
+    names = {path.name for path in run.iterdir()}
+    assert names >= {"args.json", "metrics.csv", "checkpoint.pt", "curves.png"} and not any("tmp" in n for n in names)
+    about = json.loads((run / "args.json").read_text())
+    assert about["args"]["total_timesteps"] == 6000 and about["versions"]["torch"] and about["commands"]
+    assert "steps/s" in result.stdout and run.name in result.stdout.splitlines()[-1]
+    assert metrics(run) == metrics(straight_run(script))  # the same seed in another process: the same numbers
+    header = metrics(run)[0]
+    assert header[:3] == ["global_step", "mean_return", "mean_success"] and header[3].endswith("/return")
+
+
+@every_script
+def test_every_logged_key_is_documented(script, straight_run):
+    events = EventAccumulator(str(straight_run(script)))
+    events.Reload()
+    page = (ROOT / "docs" / script.replace(".py", ".md")).read_text()
+    documented = [re.escape(key).replace("<task>", r"[\w-]+") for key in re.findall(r"^\| `([^`]+)`", page, re.M)]
+    keys = events.Tags()["scalars"]
+    undocumented = [key for key in keys if not any(re.fullmatch(pattern, key) for pattern in documented)]
+    assert keys and not undocumented
+    for key in ("charts/SPS", "eval/mean_return", "eval/mean_success"):
+        assert key in keys
+
+
+@every_script
+def test_another_seed_gives_other_numbers(script, tmp_path, monkeypatch, straight_run):
+    run_here(script, f"{QUICK[script]} --seed 2 --runs-dir {tmp_path}", monkeypatch)
+    assert metrics(only_run(tmp_path)) != metrics(straight_run(script))
+
+
+# --- stop and go on ------------------------------------------------------------------------------------------------
+def start_and_wait(script, command_line, folder, rows, extra=()):
+    """Start a quick run as a process of its own; return it once its metrics.csv has `rows` lines."""
+    process = command_line(script, *QUICK[script].split(), "--runs-dir", folder, *extra, wait=False)
+    deadline = time.time() + 60
+    while time.time() < deadline and process.poll() is None:
+        found = list(Path(folder).glob("*/metrics.csv"))
+        if found and len(found[0].read_text().splitlines()) >= rows:
+            return process
+        time.sleep(0.005)
+    raise AssertionError(process.communicate())
+
+
+@every_script
+def test_killed_and_resumed_equals_straight(script, command_line, tmp_path, monkeypatch, straight_run):
+    process = start_and_wait(script, command_line, tmp_path / "runs", rows=4)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    run = only_run(tmp_path / "runs")
+    reached = torch.load(run / "checkpoint.pt", weights_only=True)["global_step"]
+    assert 0 < reached < 6000
+    run_here(script, f"--resume {run}", monkeypatch)
+    if script in RESTARTS_EXACTLY:
+        assert metrics(run) == metrics(straight_run(script))
+    assert len(metrics(run)) == len(metrics(straight_run(script)))
+
+
+@every_script
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(script, number, command_line, tmp_path, monkeypatch, straight_run):
+    process = start_and_wait(script, command_line, tmp_path / "runs", rows=3, extra=["--checkpoint-every", "1000000"])
+    process.send_signal(number)
+    output, errors = process.communicate()
+    run = only_run(tmp_path / "runs")
+    assert process.returncode == 128 + number and not errors, errors
+    assert f"--resume {run}" in output.splitlines()[-1] and (run / "curves.png").exists()
+    assert 0 < torch.load(run / "checkpoint.pt", weights_only=True)["global_step"] < 6000
+    run_here(script, f"--resume {run}", monkeypatch)
+    if script in RESTARTS_EXACTLY:
+        assert metrics(run) == metrics(straight_run(script))
+
+
+@every_script
+def test_a_longer_run_continues_a_finished_one(script, tmp_path, monkeypatch, straight_run, capsys):
+    run_here(script, f"{QUICK[script]} --total-timesteps 3600 --runs-dir {tmp_path}", monkeypatch)
+    run = only_run(tmp_path)
+    run_here(script, f"--resume {run}", monkeypatch)      # nothing left to do
+    assert len(metrics(run)) == 5 and "run folder" in capsys.readouterr().out
+    run_here(script, f"--resume {run} --total-timesteps 6000", monkeypatch)
+    if script in RESTARTS_EXACTLY:
+        assert metrics(run) == metrics(straight_run(script))
+    assert len(json.loads((run / "args.json").read_text())["commands"]) == 3
+
+
+@every_script
+def test_a_full_disk_costs_no_checkpoint(script, command_line, tmp_path, monkeypatch, straight_run):
+    limit = int((straight_run(script) / "checkpoint.pt").stat().st_size * 0.8)
+    result = command_line(script, *QUICK[script].split(), "--runs-dir", tmp_path / "runs",
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    run = only_run(tmp_path / "runs")
+    assert result.returncode == 1 and "checkpoint.pt" in result.stderr and f"--resume {run}" in result.stderr
+    assert "Traceback" not in result.stderr and not list(run.glob("*.tmp"))
+    run_here(script, f"--resume {run}", monkeypatch)
+    if script in RESTARTS_EXACTLY:
+        assert metrics(run) == metrics(straight_run(script))
+
+
+@pytest.mark.slow
+@every_script
+def test_twenty_kills_at_random_moments_lose_nothing(script, command_line, tmp_path, straight_run):
+    """One run, killed with SIGKILL after random times until it gets through; each new process resumes it."""
+    draw, kills = random.Random(0), 0
+    arguments = [*QUICK[script].split(), "--runs-dir", tmp_path / "runs"]
+    while kills < 20:
+        process = command_line(script, *arguments, wait=False)
+        while process.poll() is None and not list(tmp_path.glob("runs/*/checkpoint.pt")):
+            time.sleep(0.01)                              # the first one is written before the first step
+        if list(tmp_path.glob("runs/*/metrics.csv")):
+            time.sleep(2.0)                               # imports
+        time.sleep(draw.uniform(0, 3.0))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += 1
+        run = only_run(tmp_path / "runs")
+        step = torch.load(run / "checkpoint.pt", weights_only=True)["global_step"]
+        if step >= 6000:                                  # got through: start another
+            assert metrics(run)[:len(metrics(straight_run(script)))] == metrics(straight_run(script))
+            shutil.rmtree(run)
+            arguments = [*QUICK[script].split(), "--runs-dir", tmp_path / "runs"]
+        else:
+            arguments = ["--resume", run]
+    if arguments[0] == "--resume":
+        assert command_line(script, *arguments).returncode == 0
+        assert metrics(run) == metrics(straight_run(script))
+
+
+# --- evaluate ------------------------------------------------------------------------------------------------------
+@every_script
+def test_evaluate_writes_nothing_but_the_picture_asked_for(script, straight_run, monkeypatch, capsys):
+    run = straight_run(script)
+    before = {path: path.stat().st_mtime_ns for path in run.iterdir()}
+    run_here(script, f"--evaluate {run} --eval-episodes 2", monkeypatch)
+    assert "(2 episodes each)" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in run.iterdir()} == before
+    run_here(script, f"--evaluate {run} --eval-episodes 1 --capture-video", monkeypatch)
+    assert {path.name for path in set(run.iterdir()) - set(before)} == {"tasks.gif"}
+    with Image.open(run / "tasks.gif") as film:
+        first = film.convert("RGB").tobytes()
+        film.seek(film.n_frames - 1)
+        assert film.n_frames > 5 and film.convert("RGB").tobytes() != first
+    (run / "tasks.gif").unlink()
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------
+BAD = [
+    ("--env nowhere", "maze"), ("--method nothing", "nothing"), ("--total-timesteps 0", "--total-timesteps must be"),
+    ("--total-timesteps -5", "at least 1"), ("--total-timesteps many", "many"), ("--no-such-flag 1", "no-such-flag"),
+    ("--batch-size 0", "--batch-size must be"), ("--lr 0", "--lr must be"), ("--gamma 1.5", "--gamma must be"),
+    ("--resume {missing}", "args.json"), ("--evaluate {missing}", "args.json"),
+    ("--resume {other_script}", "other_script.py"), ("--evaluate {other_script}", "other_script.py"),
+    ("--resume {other_version}", "args.json"), ("--resume {run} --seed 5", "--seed 1, not 5"),
+    ("--resume {run} --total-timesteps 300", "larger --total-timesteps"),
+    ("--resume {damaged}", "damaged"), ("--evaluate {damaged}", "damaged"), ("--resume {empty}", "no checkpoint.pt"),
+    ("--runs-dir {file}", "--runs-dir"),
+]
+
+
+@every_script
+@pytest.mark.parametrize("arguments, says", BAD)
+def test_bad_input_gets_one_helpful_message(script, arguments, says, tmp_path, monkeypatch, capsys, straight_run):
+    run, places = straight_run(script), {name: tmp_path / name for name in
+                                         ("missing", "other_script", "other_version", "damaged", "empty", "file")}
+    for name in ("other_script", "other_version", "damaged", "empty"):
+        places[name].mkdir()
+        about = json.loads((run / "args.json").read_text())
+        about["script"] = name if name == "other_script" else about["script"]
+        about["args"] |= {"setting_of_the_future": 1} if name == "other_version" else {}
+        (places[name] / "args.json").write_text(json.dumps(about))
+    (places["damaged"] / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes()[:-5_000])
+    places["file"].write_text("not a folder")
+    before = (run / "metrics.csv").read_bytes(), (run / "checkpoint.pt").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        run_here(script, arguments.format(run=run, **places), monkeypatch)
+    output = capsys.readouterr()
+    message = re.sub(r"[│╭╮╰╯─\s]+", " ", output.out + output.err)             # without tyro's box
+    assert stop.value.code == 2 and says in message and "Traceback" not in message
+    assert before == ((run / "metrics.csv").read_bytes(), (run / "checkpoint.pt").read_bytes())
+
+
+@every_script
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_device_that_is_not_there(script, monkeypatch, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        run_here(script, f"--device cuda --runs-dir {tmp_path / 'runs'}", monkeypatch)
+    assert stop.value.code == 2 and "--device cuda" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+@every_script
+def test_a_value_that_is_not_finite_stops_the_run(script, monkeypatch, capsys, tmp_path, straight_run):
+    with pytest.raises(SystemExit) as stop:               # a step this long overflows float32 after a few updates
+        run_here(script, f"{QUICK[script]} --lr 1 --gradient-steps 200 --runs-dir {tmp_path}", monkeypatch)
+    assert stop.value.code == 1 and re.search(r"\S+ is not finite at step [\d,]+", capsys.readouterr().err)
+    state = torch.load(only_run(tmp_path) / "checkpoint.pt", weights_only=True)
+    assert all(torch.isfinite(value).all() for value in state["learners"].values())
+
+
+# --- the house: copies, pins, documentation ------------------------------------------------------------------------
+def definitions(script):
+    source = (ROOT / script).read_text()
+    return {node.name: ast.get_source_segment(source, node) for node in ast.parse(source).body
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+
+
+def test_same_name_means_same_text():
+    texts = {}
+    for path in SCRIPTS:
+        for name, text in definitions(path.name).items():
+            if name not in ("Args", "make_env", "make_envs", "train"):
+                texts.setdefault(name, {}).setdefault(text, []).append(path.name)
+    drifted = {name: list(copies.values()) for name, copies in texts.items() if len(copies) > 1}
+    assert not drifted
+
+
+@every_script
+def test_importing_runs_nothing_and_sections_stand_in_order(script):
+    source = (ROOT / script).read_text()
+    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+    *body, last = ast.parse(source).body[1:]
+    assert all(isinstance(node, allowed) for node in body) and isinstance(last, ast.If)
+    assert all(ast.get_docstring(node) for node in body
+               if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name != "Args")
+    headings = re.findall(r"^# -{100,}\n# (.+)\n# -{100,}$", source, re.M)
+    order = ["Settings", "Environments", "Networks", "Replay buffer", "The method", "Training",
+             "Pictures of the method", "Shared blocks: the same text in every script"]
+    assert headings == [heading for heading in order if heading in headings] and headings[-1] == order[-1]
+
+
+@every_script
+def test_imports_only_what_its_header_pins(script):
+    source = (ROOT / script).read_text()
+    header = tomllib.loads(re.search(r"# /// script\n(.*?)# ///", source, re.S)[1].replace("\n# ", "\n")[2:])
+    pins = {re.split(r"[=\[]", pin)[0]: pin for pin in header["dependencies"]}
+    required = (ROOT / "requirements.txt").read_text().splitlines()
+    assert set(pins.values()) <= set(required)
+    names = {"PIL": "pillow", "ale_py": "ale-py"}
+    imported = {name for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom))
+                for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module])}
+    for name in {name.split(".")[0] for name in imported} - set(sys.stdlib_module_names):
+        assert names.get(name, name) in pins
+
+
+def test_requirements_are_pinned_exactly():
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    assert lines and all(re.fullmatch(r"[\w\-\[\],]+==[\w.]+", line) for line in lines)
+
+
+@every_script
+def test_the_page_names_every_flag(script):
+    page = (ROOT / "docs" / script.replace(".py", ".md")).read_text()
+    fields = module_of(script).Args.__dataclass_fields__
+    assert not [name for name in fields if f"--{name.replace('_', '-')}" not in page]
+
+
+def documented_commands():
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.py"))]
+    lines = [line for page in pages for line in page.read_text().splitlines()]
+    pattern = re.compile(r"(?:python|uv run) \w+\.py(?: [^`#|]*)?")
+    commands = {command.strip() for line in lines for command in pattern.findall(line)}
+    return sorted(command for command in commands if (ROOT / re.search(r"\w+\.py", command)[0]).exists())
+
+
+@pytest.mark.parametrize("command", documented_commands())
+def test_documented_commands_parse(command):
+    script, *arguments = shlex.split(command.removeprefix("python ").removeprefix("uv run "))
+    module = module_of(script)
+    try:                                                  # not `read_args`: a run folder in it is only an example
+        module.tyro.cli(module.Args, args=arguments)
+    except SystemExit as stop:
+        assert stop.code == 0 and arguments == ["--help"]
+
+
+def test_ci_runs_exactly_the_readmes_test_command():
+    readme = (ROOT / "README.md").read_text()
+    command = re.search(r"^(.*python -m pytest.*)$", readme, re.M)[1]
+    assert command in (ROOT / ".ci" / "run").read_text().splitlines()
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
