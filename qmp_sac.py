@@ -625,8 +625,8 @@ def train(args: Args) -> Path | None:
                       f"give a larger --total-timesteps than {args.total_timesteps:,}")
     capacity = min(args.buffer_size, -(-args.total_timesteps // num_tasks))
     buffer = ReplayBuffer(num_tasks, capacity, obs_size, action_size, device)
-    counts = torch.zeros(num_tasks, num_tasks, dtype=torch.int64)      # steps of task i taken by policy j, whole run
-    recent = torch.zeros_like(counts)                                  # the same since the last evaluation
+    recent = torch.zeros(num_tasks, num_tasks, dtype=torch.int64)      # steps of task i that policy j took ...
+    counts = torch.zeros_like(recent)                                  # ... since the last evaluation, and before it
     if args.resume:
         learners.load_state_dict(state["learners"])
         for name, optimizer in optimizers.items():
@@ -659,7 +659,6 @@ def train(args: Args) -> Path | None:
         own_policy = args.mixture_warmup > 0 and global_step < num_tasks * warmup_end
         actions, chosen = behave(args, learners, torch.as_tensor(obs, device=device), own_policy)
         actions = actions.cpu().numpy()
-        counts[range(num_tasks), chosen.cpu()] += 1
         recent[range(num_tasks), chosen.cpu()] += 1
 
         # Step every task once, log what ended, store --------------------------------------------------------
@@ -698,6 +697,7 @@ def train(args: Args) -> Path | None:
                 columns |= {"mixture/return": helped["returns"].mean(), "mixture/success": helped["successes"].mean()}
             run.add("method", {"own_share": own.mean().item()})
             run.log_evaluation(global_step, evaluation, columns)
+            counts += recent
             recent.zero_()
         if crossed(previous_step, global_step, args.checkpoint_every):
             save()
@@ -915,6 +915,7 @@ class Run:
         self.bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True,
                         disable=not sys.stderr.isatty())
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        print(f"writing to {self.dir}", flush=True)
 
     def on_signal(self, number, frame) -> None:
         """First Ctrl-C or SIGTERM: finish this step, save, end. Second: end at once."""
