@@ -729,16 +729,14 @@ def plot_mixture(path: Path, counts: Tensor, names: list[str]) -> None:
         counts: steps of task i taken by policy j, (T, T). The diagonal, which would hide the rest, has its own panel.
     """
     share = (counts / counts.sum(1, keepdim=True)).numpy()
-    own, lent = share.diagonal()[:, None], share * (1 - np.eye(len(names)))
+    own, lent = share.diagonal()[:, None], np.where(np.eye(len(names)), np.nan, share)
     figure = Figure(figsize=(2.5 + 0.75 * len(names), 1.2 + 0.5 * len(names)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[len(names), 1])
-    for axis, values, title in ((left, lent, "share of steps borrowed"), (right, own, "own policy")):
-        top = max(float(values.max()), 0.01)
-        axis.imshow(values, vmin=0, vmax=top, cmap="Blues", aspect="auto")
+    for axis, values, title in ((left, lent, "share of steps, against 1/T (white)"), (right, own, "own policy")):
+        axis.imshow(values, vmin=0, vmax=2 / len(names), cmap="RdBu_r", aspect="auto")
         for (row, column), value in np.ndenumerate(values):
             if axis is right or row != column:
-                axis.text(column, row, f"{100 * value:.0f}%", ha="center", va="center", fontsize=8,
-                          color="white" if value > 0.6 * top else "black")
+                axis.text(column, row, f"{100 * value:.0f}%", ha="center", va="center", fontsize=8)
         axis.set_title(title, fontsize=9)
         axis.set(xticks=[], yticks=[])
     left.set_xticks(range(len(names)), names, rotation=45)
@@ -759,7 +757,7 @@ def plot_paths(path: Path, task_ids: list[int], names: list[str], paths: list[np
         axis.plot(column, row, color=colour, linewidth=1.6, label=names[i] + ("" if reached else " (not reached)"))
         axis.plot(column[0], row[0], "o", color=colour)
         axis.plot(goal[1], goal[0], "*", color=colour, markersize=14, markeredgecolor="black", markeredgewidth=0.5)
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.legend(loc="outside right center", frameon=False)
     axis.set(xlabel="column", ylabel="row", title="paths of the evaluated policies: dot = start, star = goal")
     figure.savefig(path, dpi=120)
 
@@ -877,11 +875,12 @@ def plot_curves(folder: Path, names: list[str]) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     axes = figure.subplots(1, 2)
     for axis, kind in zip(axes, ("success", "return")):
-        for name in names:
-            axis.plot(table["global_step"], table[f"{name}/{kind}"], linewidth=0.8, alpha=0.8, label=name)
+        for i, name in enumerate(names):
+            axis.plot(table["global_step"], table[f"{name}/{kind}"], ("-", "--", ":")[i // 10 % 3], linewidth=0.8,
+                      label=name)
         axis.plot(table["global_step"], table[f"mean_{kind}"], "k", linewidth=2.5, label="mean")
         axis.set(xlabel="environment steps, summed over tasks", ylabel=f"evaluated {kind}")
-    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     figure.savefig(folder / "curves.png", dpi=120)
 
 
@@ -911,11 +910,11 @@ class Run:
         about |= {"script": script.stem, "args": self.settings, "versions": {name: version(name) for name in pinned}}
         about["commands"].append(" ".join(sys.argv))
         write_whole(self.dir / "args.json", lambda tmp: tmp.write_text(json.dumps(about, indent=2) + "\n"))
+        print(f"writing to {self.dir}", flush=True)
         self.writer = SummaryWriter(self.dir, purge_step=global_step + 1)
         self.bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True,
                         disable=not sys.stderr.isatty())
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        print(f"writing to {self.dir}", flush=True)
 
     def on_signal(self, number, frame) -> None:
         """First Ctrl-C or SIGTERM: finish this step, save, end. Second: end at once."""

@@ -24,8 +24,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 QUICK = {
     "qmp_sac.py": "--tasks 0 4 8 --total-timesteps 6000 --train-every 100 --learning-starts 200 --gradient-steps 3 "
                   "--hidden-size 16 --batch-size 16 --eval-every 900 --eval-episodes 1 --checkpoint-every 600",
+    "tabular_em.py": "--trials 3 --total-timesteps 200000 --eval-every 30000 --checkpoint-every 20000",
 }
-RESTARTS_EXACTLY = {"qmp_sac.py"}                         # their simulators give their whole state
+TOTAL = {script: int(re.search(r"--total-timesteps (\d+)", flags)[1]) for script, flags in QUICK.items()}
+RESTARTS_EXACTLY = {"qmp_sac.py", "tabular_em.py"}        # their simulators give their whole state
+FULL_AT = {"qmp_sac.py": 0.8, "tabular_em.py": 0.8}       # of the last checkpoint: the first fits, a later one does not
+DIVERGES = {"qmp_sac.py": "--lr 1 --gradient-steps 200"}  # a step this long overflows float32 after a few updates
 every_script = pytest.mark.parametrize("script", [path.name for path in SCRIPTS])
 
 
@@ -75,7 +79,7 @@ def test_file_alone_in_an_empty_folder(script, command_line, tmp_path, straight_
     names = {path.name for path in run.iterdir()}
     assert names >= {"args.json", "metrics.csv", "checkpoint.pt", "curves.png"} and not any("tmp" in n for n in names)
     about = json.loads((run / "args.json").read_text())
-    assert about["args"]["total_timesteps"] == 6000 and about["versions"]["torch"] and about["commands"]
+    assert about["args"]["total_timesteps"] == TOTAL[script] and about["versions"]["torch"] and about["commands"]
     assert "steps/s" in result.stdout and run.name in result.stdout.splitlines()[-1]
     assert metrics(run) == metrics(straight_run(script))  # the same seed in another process: the same numbers
     header = metrics(run)[0]
@@ -121,7 +125,7 @@ def test_killed_and_resumed_equals_straight(script, command_line, tmp_path, monk
     process.communicate()
     run = only_run(tmp_path / "runs")
     reached = torch.load(run / "checkpoint.pt", weights_only=True)["global_step"]
-    assert 0 < reached < 6000
+    assert 0 < reached < TOTAL[script]
     run_here(script, f"--resume {run}", monkeypatch)
     if script in RESTARTS_EXACTLY:
         assert metrics(run) == metrics(straight_run(script))
@@ -137,7 +141,7 @@ def test_a_signal_saves_and_says_how_to_go_on(script, number, command_line, tmp_
     run = only_run(tmp_path / "runs")
     assert process.returncode == 128 + number and not errors, errors
     assert f"--resume {run}" in output.splitlines()[-1] and (run / "curves.png").exists()
-    assert 0 < torch.load(run / "checkpoint.pt", weights_only=True)["global_step"] < 6000
+    assert 0 < torch.load(run / "checkpoint.pt", weights_only=True)["global_step"] < TOTAL[script]
     run_here(script, f"--resume {run}", monkeypatch)
     if script in RESTARTS_EXACTLY:
         assert metrics(run) == metrics(straight_run(script))
@@ -145,11 +149,12 @@ def test_a_signal_saves_and_says_how_to_go_on(script, number, command_line, tmp_
 
 @every_script
 def test_a_longer_run_continues_a_finished_one(script, tmp_path, monkeypatch, straight_run, capsys):
-    run_here(script, f"{QUICK[script]} --total-timesteps 3600 --runs-dir {tmp_path}", monkeypatch)
+    evaluated = int(metrics(straight_run(script))[4][0])  # stop where the straight run has a row
+    run_here(script, f"{QUICK[script]} --total-timesteps {evaluated} --runs-dir {tmp_path}", monkeypatch)
     run = only_run(tmp_path)
     run_here(script, f"--resume {run}", monkeypatch)      # nothing left to do
     assert len(metrics(run)) == 5 and "run folder" in capsys.readouterr().out
-    run_here(script, f"--resume {run} --total-timesteps 6000", monkeypatch)
+    run_here(script, f"--resume {run} --total-timesteps {TOTAL[script]}", monkeypatch)
     if script in RESTARTS_EXACTLY:
         assert metrics(run) == metrics(straight_run(script))
     assert len(json.loads((run / "args.json").read_text())["commands"]) == 3
@@ -157,7 +162,7 @@ def test_a_longer_run_continues_a_finished_one(script, tmp_path, monkeypatch, st
 
 @every_script
 def test_a_full_disk_costs_no_checkpoint(script, command_line, tmp_path, monkeypatch, straight_run):
-    limit = int((straight_run(script) / "checkpoint.pt").stat().st_size * 0.8)
+    limit = int((straight_run(script) / "checkpoint.pt").stat().st_size * FULL_AT[script])
     result = command_line(script, *QUICK[script].split(), "--runs-dir", tmp_path / "runs",
                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     run = only_run(tmp_path / "runs")
@@ -186,7 +191,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(script, command_line, tmp_p
         kills += 1
         run = only_run(tmp_path / "runs")
         step = torch.load(run / "checkpoint.pt", weights_only=True)["global_step"]
-        if step >= 6000:                                  # got through: start another
+        if step >= TOTAL[script]:                                  # got through: start another
             assert metrics(run)[:len(metrics(straight_run(script)))] == metrics(straight_run(script))
             shutil.rmtree(run)
             arguments = [*QUICK[script].split(), "--runs-dir", tmp_path / "runs"]
@@ -210,15 +215,16 @@ def test_evaluate_writes_nothing_but_the_picture_asked_for(script, straight_run,
     with Image.open(run / "tasks.gif") as film:
         first = film.convert("RGB").tobytes()
         film.seek(film.n_frames - 1)
-        assert film.n_frames > 5 and film.convert("RGB").tobytes() != first
+        assert film.n_frames >= 4 and film.convert("RGB").tobytes() != first
     (run / "tasks.gif").unlink()
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------
 BAD = [
-    ("--env nowhere", "maze"), ("--method nothing", "nothing"), ("--total-timesteps 0", "--total-timesteps must be"),
+    ("--env nowhere", "Expected one of"), ("--method nothing", "nothing"),
+    ("--total-timesteps 0", "--total-timesteps must be"),
     ("--total-timesteps -5", "at least 1"), ("--total-timesteps many", "many"), ("--no-such-flag 1", "no-such-flag"),
-    ("--batch-size 0", "--batch-size must be"), ("--lr 0", "--lr must be"), ("--gamma 1.5", "--gamma must be"),
+    ("--lr 0", "--lr must be"), ("--gamma 1.5", "--gamma must be"),
     ("--resume {missing}", "args.json"), ("--evaluate {missing}", "args.json"),
     ("--resume {other_script}", "other_script.py"), ("--evaluate {other_script}", "other_script.py"),
     ("--resume {other_version}", "args.json"), ("--resume {run} --seed 5", "--seed 1, not 5"),
@@ -228,8 +234,20 @@ BAD = [
 ]
 
 
-@every_script
-@pytest.mark.parametrize("arguments, says", BAD)
+BAD_FOR = {
+    "qmp_sac.py": [("--batch-size 0", "--batch-size must be"), ("--tasks 0 10", "indices from 0 to 9"),
+                   ("--tasks 3 3", "different indices"), ("--method shared --batch-size 5", "use at least 10"),
+                   ("--resume {run} --method separated", "--method qmp, not separated")],
+    "tabular_em.py": [("--num-policies 13", "from 1 to 12"), ("--env chain --num-policies 11", "from 1 to 10"),
+                      ("--num-policies 0", "from 1 to 12"), ("--trials 0", "--trials must be"),
+                      ("--method sp --num-policies 2", "leave the flag out"), ("--chain-reward none", "none"),
+                      ("--evals-per-m-step 3", "let --evals-per-m-step divide it"),
+                      ("--resume {run} --env chain", "--env grid, not chain")],
+}
+
+
+@pytest.mark.parametrize("script, arguments, says", [(path.name, *case) for path in SCRIPTS
+                                                     for case in BAD + BAD_FOR[path.name]])
 def test_bad_input_gets_one_helpful_message(script, arguments, says, tmp_path, monkeypatch, capsys, straight_run):
     run, places = straight_run(script), {name: tmp_path / name for name in
                                          ("missing", "other_script", "other_version", "damaged", "empty", "file")}
@@ -239,7 +257,7 @@ def test_bad_input_gets_one_helpful_message(script, arguments, says, tmp_path, m
         about["script"] = name if name == "other_script" else about["script"]
         about["args"] |= {"setting_of_the_future": 1} if name == "other_version" else {}
         (places[name] / "args.json").write_text(json.dumps(about))
-    (places["damaged"] / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes()[:-5_000])
+    (places["damaged"] / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes()[:-900])
     places["file"].write_text("not a folder")
     before = (run / "metrics.csv").read_bytes(), (run / "checkpoint.pt").read_bytes()
     with pytest.raises(SystemExit) as stop:
@@ -250,7 +268,7 @@ def test_bad_input_gets_one_helpful_message(script, arguments, says, tmp_path, m
     assert before == ((run / "metrics.csv").read_bytes(), (run / "checkpoint.pt").read_bytes())
 
 
-@every_script
+@pytest.mark.parametrize("script", [path.name for path in SCRIPTS if path.name != "tabular_em.py"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_device_that_is_not_there(script, monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
@@ -258,10 +276,10 @@ def test_a_device_that_is_not_there(script, monkeypatch, capsys, tmp_path):
     assert stop.value.code == 2 and "--device cuda" in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
-@every_script
+@pytest.mark.parametrize("script", DIVERGES)
 def test_a_value_that_is_not_finite_stops_the_run(script, monkeypatch, capsys, tmp_path, straight_run):
-    with pytest.raises(SystemExit) as stop:               # a step this long overflows float32 after a few updates
-        run_here(script, f"{QUICK[script]} --lr 1 --gradient-steps 200 --runs-dir {tmp_path}", monkeypatch)
+    with pytest.raises(SystemExit) as stop:
+        run_here(script, f"{QUICK[script]} {DIVERGES[script]} --runs-dir {tmp_path}", monkeypatch)
     assert stop.value.code == 1 and re.search(r"\S+ is not finite at step [\d,]+", capsys.readouterr().err)
     state = torch.load(only_run(tmp_path) / "checkpoint.pt", weights_only=True)
     assert all(torch.isfinite(value).all() for value in state["learners"].values())
