@@ -14,7 +14,7 @@ that pays. Training is plain SAC on task i's own data, so a bad loan costs sampl
 
     Q-switch, behaviour policy (Sec. 4)      propose_actions, q_switch
     soft policy evaluation / improvement     soft_target, critic_loss, actor_loss, temperature_loss, update
-    Divide-and-Conquer baseline              pairwise_kl, distill
+    Divide-and-Conquer baseline              gaussian_kl, pairwise_kl, distill
 
 Differences from the paper, each explained in docs/qmp_sac.md:
 1. ReLU instead of tanh units, as in the authors' code (--activation tanh for the paper's table).
@@ -295,7 +295,7 @@ class TaskMLP(nn.Module):
     def __init__(self, num_tasks: int, sizes: list[int], tied: int = 0, activation: str = "relu",
                  init=nn.init.xavier_uniform_):
         super().__init__()
-        self.activation = getattr(torch, activation + "_")
+        self.activation = getattr(torch, activation + "_")             # in place: large activations cost memory traffic
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for layer, (n_in, n_out) in enumerate(zip(sizes[:-1], sizes[1:])):
             weight = torch.empty(1 if layer < tied else num_tasks, n_in, n_out)
@@ -340,7 +340,7 @@ class Critic(nn.Module):
 
 
 class Learners(nn.Module):
-    """All that SAC trains for T tasks: policies, twin critics with their targets, temperatures, optimizers.
+    """All that SAC trains for T tasks: policies, twin critics with their targets, temperatures.
 
     Independent learners are stacked: one Adam over (T, ...) tensors is T independent Adams, since Adam acts on each
     number by itself, and the sum of per-task losses gives each task its own gradient.
@@ -471,19 +471,21 @@ def temperature_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float)
     return -log_alpha * (log_prob + target_entropy).mean(1)
 
 
+def gaussian_kl(mean_p: Tensor, log_std_p: Tensor, mean_q: Tensor, log_std_q: Tensor) -> Tensor:
+    """KL(p || q) of every dimension [nats], for the Gaussians before the tanh."""
+    log_ratio = 2 * (log_std_p - log_std_q)
+    return 0.5 * (log_ratio.exp() + ((mean_p - mean_q) / log_std_q.exp()).square() - 1 - log_ratio)
+
+
 def pairwise_kl(mean: Tensor, log_std: Tensor) -> Tensor:
-    """KL(pi_j || pi_i) of the Gaussians before the tanh, averaged over states and action dimensions.
+    """KL(pi_j || pi_i), averaged over states and action dimensions (regulariser of Divide-and-Conquer).
 
     Args:
         mean, log_std: all policies in the same states, (T, S, A).
     Returns:
         (T, T), entry (i, j). Gradients reach policy i only: policy j is a constant in i's loss.
     """
-    mean_i, log_std_i = mean[:, None], log_std[:, None]                # (T, 1, S, A)
-    mean_j, log_std_j = mean.detach()[None], log_std.detach()[None]    # (1, T, S, A)
-    log_ratio = 2 * (log_std_j - log_std_i)
-    shift = (mean_j - mean_i) / log_std_i.exp()
-    return 0.5 * (log_ratio.exp() + shift.square() - 1 - log_ratio).mean((2, 3))
+    return gaussian_kl(mean.detach()[None], log_std.detach()[None], mean[:, None], log_std[:, None]).mean((2, 3))
 
 
 def update(args: Args, learners: Learners, optimizers: dict, batch: list[Tensor]) -> dict[str, Tensor]:
@@ -504,7 +506,7 @@ def update(args: Args, learners: Learners, optimizers: dict, batch: list[Tensor]
 
     mean, log_std = learners.actor(obs)
     pi, log_prob = squash(mean, log_std, torch.randn_like(mean))
-    learners.qf1.requires_grad_(False), learners.qf2.requires_grad_(False)     # only passed through: saves a third
+    learners.qf1.requires_grad_(False), learners.qf2.requires_grad_(False)     # the gradient only passes through them
     pi_loss = actor_loss(torch.min(learners.qf1(obs, pi), learners.qf2(obs, pi)), log_prob, alpha)
     learners.qf1.requires_grad_(True), learners.qf2.requires_grad_(True)
     losses = {"critic": q_loss, "actor": pi_loss}
@@ -547,9 +549,7 @@ def distill(args: Args, learners: Learners, optimizer: torch.optim.Optimizer, bu
         else:                                                          # KL(pi_i || centroid) on task i's states
             with torch.no_grad():
                 teacher_mean, teacher_log_std = (x.flatten(0, 1)[None] for x in learners.actor(obs))
-            log_ratio = 2 * (teacher_log_std - log_std)
-            shift = (teacher_mean - mean) / log_std.exp()
-            loss = 0.5 * (log_ratio.exp() + shift.square() - 1 - log_ratio).mean((1, 2))
+            loss = gaussian_kl(teacher_mean, teacher_log_std, mean, log_std).mean((1, 2))
         step(optimizer, loss)
     with torch.no_grad():
         for param, common in zip(learners.actor.parameters(), learners.centroid.parameters()):
@@ -993,6 +993,8 @@ def read_args(settings: type, argv: list[str] | None = None):
     folder, flag = args.resume or args.evaluate, "--resume" if args.resume else "--evaluate"
     if folder is None:
         return args
+    if args.resume and args.evaluate:
+        raise Failure("--resume goes on training and --evaluate does not: give one of them")
     try:
         about = json.loads((folder / "args.json").read_text())
         if about["script"] != Path(__file__).stem:

@@ -706,6 +706,8 @@ def read_args(settings: type, argv: list[str] | None = None):
     folder, flag = args.resume or args.evaluate, "--resume" if args.resume else "--evaluate"
     if folder is None:
         return args
+    if args.resume and args.evaluate:
+        raise Failure("--resume goes on training and --evaluate does not: give one of them")
     try:
         about = json.loads((folder / "args.json").read_text())
         if about["script"] != Path(__file__).stem:

@@ -230,7 +230,7 @@ BAD = [
     ("--resume {other_version}", "args.json"), ("--resume {run} --seed 5", "--seed 1, not 5"),
     ("--resume {run} --total-timesteps 300", "larger --total-timesteps"),
     ("--resume {damaged}", "damaged"), ("--evaluate {damaged}", "damaged"), ("--resume {empty}", "no checkpoint.pt"),
-    ("--runs-dir {file}", "--runs-dir"),
+    ("--runs-dir {file}", "--runs-dir"), ("--resume {run} --evaluate {run}", "give one of them"),
 ]
 
 
