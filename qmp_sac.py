@@ -36,6 +36,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import time
@@ -831,9 +832,10 @@ def write_whole(path: Path, write) -> None:
         write(tmp)
         os.replace(tmp, path)
     except (OSError, RuntimeError) as error:                           # torch.save makes a full disk a RuntimeError
+        free = shutil.disk_usage(path.parent).free / 2**20
         tmp.unlink(missing_ok=True)
-        raise Failure(f"cannot write {path}: {error}. What was saved before is intact: free some space, then "
-                      f"--resume {path.parent}", status=1) from error
+        raise Failure(f"cannot write {path}, with {free:.1f} MB free there ({error}). What was saved before is intact: "
+                      f"free some space, then --resume {path.parent}", status=1) from error
 
 
 def load_checkpoint(folder: Path) -> dict:
@@ -903,7 +905,7 @@ class Run:
         self.metrics = self.dir / "metrics.csv"
         if args.resume:
             rows = self.metrics.read_text().splitlines(keepends=True) if self.metrics.exists() else []
-            keep = rows[:1] + [row for row in rows[1:] if int(row.split(",")[0]) <= global_step]
+            keep = rows[:1] + [row for row in rows[1:] if row[-1] == "\n" and int(row.split(",")[0]) <= global_step]
             write_whole(self.metrics, lambda tmp: tmp.write_text("".join(keep)))   # the rest is about to be repeated
         pinned = re.findall(r'"([\w-]+)[^"]*==', script.read_text().split("# ///")[1])
         self.settings = {key: str(v) if isinstance(v, Path) else v for key, v in asdict(args).items()}
@@ -1016,9 +1018,9 @@ def run_script(settings: type, main) -> None:
     """Read the settings, call `main`, and turn what the user can mend into one message."""
     try:
         main(read_args(settings))
-    except Failure as failure:
-        print(f"{Path(sys.argv[0]).name}: {failure}", file=sys.stderr)
-        sys.exit(failure.status)
+    except (Failure, OSError) as error:                                # OSError: a full disk, a file without permission
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(getattr(error, "status", 1))
 
 
 if __name__ == "__main__":
