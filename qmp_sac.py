@@ -149,6 +149,8 @@ class Args:
                 setattr(self, name, value)
         if self.distill_every is None:
             self.distill_every = max(1, self.total_timesteps // 10)
+        if self.seed < 0:
+            raise ValueError(f"--seed must be at least 0, got {self.seed}")
         for name in ("total_timesteps", "eval_every", "eval_episodes", "checkpoint_every", "train_every",
                      "gradient_steps", "batch_size", "buffer_size", "hidden_size", "distill_every", "distill_steps"):
             if getattr(self, name) < 1:
@@ -621,7 +623,7 @@ def train(args: Args) -> Path | None:
 
     state = load_checkpoint(args.resume) if args.resume else {"global_step": 0, "seconds": 0.0}
     global_step = state["global_step"]
-    if global_step > args.total_timesteps:
+    if global_step - num_tasks >= args.total_timesteps:                # the last lock-step may overshoot
         raise Failure(f"--resume {args.resume}: that run has {global_step:,} steps already; "
                       f"give a larger --total-timesteps than {args.total_timesteps:,}")
     capacity = min(args.buffer_size, -(-args.total_timesteps // num_tasks))
@@ -955,7 +957,7 @@ class Run:
         with open(self.metrics, "a") as file:
             if file.tell() == 0:
                 file.write(",".join(["global_step", "seconds", *row]) + "\n")
-            values = ",".join(f"{value:.6g}" for value in row.values())
+            values = ",".join(f"{value:.6g}" if isinstance(value, float) else str(value) for value in row.values())
             file.write(f"{global_step},{self.seconds():.1f},{values}\n")
         self.add("eval", row)
         summary = f"return {row['mean_return']:.1f}  success {row['mean_success']:.2f}"

@@ -21,7 +21,7 @@ trial k is the same however many run beside it. Differences from the paper, each
 1. The chain pays -0.1 per step and negates rewards on the wrong half, as the authors' code does; with the reward as the
    paper states it, nothing is learnt (--chain-reward paper).
 2. Q-learning bootstraps through terminal states, as the authors' code does (--mask-terminals for the textbook).
-3. Reported are both the maximum over policies, which the paper plots, and the assigned policy evaluated afresh.
+3. Reported are both the maximum over policies, which the paper probably plots, and the assigned policy afresh.
 
     python tabular_em.py                                  # twelve goals in four corners, EM with four policies
     python tabular_em.py --env chain --method sp          # left and right goals, one policy for all
@@ -66,13 +66,13 @@ class Args:
     trials: int = 10
     """independent repetitions, stepped together"""
     total_timesteps: int = 200_000
-    """environment steps of training per trial, summed over policies; the M-step's last episodes come on top"""
+    """environment steps of training per trial, summed over policies; whole M-steps, whose last episodes come on top"""
     device: Literal["auto", "cpu"] = "auto"
     """tables live on the CPU"""
     eval_every: int = 2_000
-    """environment steps between rows of metrics.csv; a row needs an E-step: at least --num-policies x --m-step-size"""
+    """environment steps between rows of metrics.csv, which are written after E-steps only"""
     eval_episodes: int = 3
-    """greedy episodes per policy and task in an E-step, paper: k"""
+    """greedy episodes per policy and task in an E-step, paper: k; part of the method, not only of the report"""
     checkpoint_every: int = 20_000
     """environment steps between checkpoints; one is always written at the end and on Ctrl-C or SIGTERM"""
     runs_dir: Path = Path("runs")
@@ -89,7 +89,7 @@ class Args:
     m_step_size: int = 500
     """training steps per policy and M-step, paper: T_M; episodes that have begun are finished"""
     evals_per_m_step: int = 1
-    """evaluations per M-step, evenly spaced; only the last one assigns tasks. The authors' code has 3"""
+    """evaluations per M-step, which they must divide; only the last one assigns tasks. The authors' code has 3"""
     mask_terminals: bool = False
     """no bootstrapping from the goal state (textbook); the authors' code bootstraps through it"""
     chain_reward: Literal["code", "paper"] = "code"
@@ -102,6 +102,8 @@ class Args:
     """probability of a random action in training, before its decay by 1e-6 of itself per step of the policy"""
 
     def __post_init__(self):
+        if self.seed < 0:
+            raise ValueError(f"--seed must be at least 0, got {self.seed}")
         for name in ("trials", "total_timesteps", "eval_every", "eval_episodes", "checkpoint_every", "m_step_size",
                      "evals_per_m_step"):
             if getattr(self, name) < 1:
@@ -114,8 +116,8 @@ class Args:
         if self.num_policies is None:
             self.num_policies = fixed or {"grid": 4, "chain": 2}[self.env]
         if fixed and self.num_policies != fixed:
-            raise ValueError(f"--method {self.method} has {fixed} policies on --env {self.env}, got --num-policies "
-                             f"{self.num_policies}; leave the flag out")
+            raise ValueError(f"--method {self.method} has {fixed} policies on --env {self.env}, not "
+                             f"{self.num_policies}; leave --num-policies out, or give a resumed run's own --method, --env")
         if not 1 <= self.num_policies <= num_tasks:
             raise ValueError(f"--num-policies must be from 1 to {num_tasks}, the number of tasks of --env {self.env}, "
                              f"got {self.num_policies}")
@@ -229,8 +231,9 @@ def separates(assignment: np.ndarray, group: np.ndarray) -> np.ndarray:
 
 
 def random_clusters(num_tasks: int, num_policies: int, rng: np.random.Generator) -> np.ndarray:
-    """Assignment for the ablation, (T,): tasks shuffled into rows of ceil(T / n), one row per policy."""
-    return np.argsort(rng.permutation(num_tasks)) // -(-num_tasks // num_policies)
+    """Assignment for the ablation, (T,): tasks fall into n rows of ceil(T / n) slots each, one row per policy."""
+    row_size = -(-num_tasks // num_policies)
+    return rng.permutation(num_policies * row_size)[:num_tasks] // row_size
 
 
 def pick(allowed: np.ndarray, uniform: np.ndarray) -> np.ndarray:
@@ -341,8 +344,9 @@ def train(args: Args) -> Path | None:
     # Set-up ------------------------------------------------------------------------------------------------
     tasks, n = make_tasks(args), args.num_policies
     num_tasks, (num_states, num_actions) = len(tasks.goal), tasks.next_state.shape
-    rngs = [np.random.default_rng((args.seed, trial)) for trial in range(args.trials)]
-    eval_rngs = [np.random.default_rng((args.seed + 10_000, trial)) for trial in range(args.trials)]
+    rngs, e_step_rngs, eval_rngs = ([np.random.default_rng((args.seed + offset, trial))
+                                     for trial in range(args.trials)] for offset in (0, 5_000, 10_000))
+    part = args.m_step_size // args.evals_per_m_step                   # steps per policy between two E-steps
     q = np.zeros((args.trials, n, num_states, num_actions))
     steps, eval_steps, global_step = np.zeros((args.trials, n), np.int64), 0, 0
     if args.method == "random-clusters":
@@ -351,15 +355,15 @@ def train(args: Args) -> Path | None:
         assignment = np.tile(np.arange(num_tasks) % n, (args.trials, 1))           # right for sp and ppt
     history = []                                                       # (step, assignment, returns) of each E-step
 
-    state = load_checkpoint(args.resume or args.evaluate) if args.resume or args.evaluate else {"seconds": 0.0}
-    if len(state) > 1:
+    state = {"seconds": 0.0}
+    if args.resume or args.evaluate:
+        state = load_checkpoint(args.resume or args.evaluate)
         q, steps, assignment = (state[name].numpy() for name in ("q", "steps", "assignment"))
         eval_steps, global_step = state["eval_steps"], state["global_step"]
         history = [(step, a.numpy(), r.numpy()) for step, a, r in state["history"]]
-    if args.resume:
-        for rng, saved in zip(rngs + eval_rngs, json.loads(state["generators"])):
+        for rng, saved in zip(rngs + e_step_rngs + eval_rngs, json.loads(state["generators"])):
             rng.bit_generator.state = saved
-    if args.resume and global_step > args.total_timesteps:
+    if args.resume and global_step - n * part >= args.total_timesteps:             # the last M-step may overshoot
         raise Failure(f"--resume {args.resume}: that run has {global_step:,} steps already; "
                       f"give a larger --total-timesteps than {args.total_timesteps:,}")
 
@@ -371,7 +375,7 @@ def train(args: Args) -> Path | None:
     def evaluate_all_policies(assign: bool) -> np.ndarray:
         """E-step; keeps what the assignment picture needs."""
         nonlocal assignment, eval_steps
-        returns, spent = e_step(args, tasks, q, rngs)
+        returns, spent = e_step(args, tasks, q, e_step_rngs)
         eval_steps += int(spent)
         if args.method == "em" and assign:
             assignment = assign_tasks(returns)
@@ -385,12 +389,11 @@ def train(args: Args) -> Path | None:
             global_step=global_step, q=torch.from_numpy(q), steps=torch.from_numpy(steps), eval_steps=eval_steps,
             assignment=torch.from_numpy(assignment),
             history=[(step, torch.from_numpy(a), torch.from_numpy(r)) for step, a, r in history],
-            generators=json.dumps([rng.bit_generator.state for rng in rngs + eval_rngs])))
+            generators=json.dumps([rng.bit_generator.state for rng in rngs + e_step_rngs + eval_rngs])))
 
     if not args.resume:
         evaluate_all_policies(assign=True)                             # the first assignment is of untrained policies
         save()
-    part = args.m_step_size // args.evals_per_m_step
 
     while global_step < args.total_timesteps and not run.stop_signal:
         # M-step: every policy learns its own tasks -----------------------------------------------------------
@@ -408,7 +411,7 @@ def train(args: Args) -> Path | None:
             columns = {"ci95": confidence(per_trial), "max_return": best.mean(), "max_ci95": confidence(best.mean(1)),
                        "separated": separates(assignment, tasks.group).mean(), "empty": np.mean(
                            [n - len(np.unique(row)) for row in assignment]),
-                       "train_steps": steps.sum(1).mean(), "eval_steps": eval_steps}
+                       "train_steps": round(steps.sum(1).mean()), "eval_steps": eval_steps}
             columns |= {f"trial{k}/return": value for k, value in enumerate(per_trial)}
             run.log_evaluation(global_step, {"returns": own.mean(2).T, "successes": successes.mean(2).T}, columns)
             run.write(global_step)
@@ -433,7 +436,7 @@ def finish(args: Args, tasks: Tasks, q: np.ndarray, assignment: np.ndarray, fold
     returns, successes, states = evaluate_assigned(args, tasks, q, assignment, rngs)
     returns, successes = (values.swapaxes(0, 1).reshape(len(tasks.names), -1) for values in (returns, successes))
     print_table(tasks.names, {"returns": returns, "successes": successes})
-    print_clusters(tasks, assignment)
+    print_clusters(tasks, assignment, args.num_policies)
     if args.capture_video:
         film = [[draw_state(tasks, task, state) for task, state in enumerate(states[0, 0, :, 0])]]
         for row in states[1:, 0, :, 0]:                                # a finished episode keeps its last picture
@@ -442,10 +445,10 @@ def finish(args: Args, tasks: Tasks, q: np.ndarray, assignment: np.ndarray, fold
         save_animation(folder / "tasks.gif", tasks.names, film)
 
 
-def print_clusters(tasks: Tasks, assignment: np.ndarray) -> None:
+def print_clusters(tasks: Tasks, assignment: np.ndarray, num_policies: int) -> None:
     """The first trial's clusters, and in how many trials tasks share a policy exactly where they share a group."""
     print("\nclusters of trial 0")
-    for policy in range(assignment.max() + 1):
+    for policy in range(num_policies):
         names = [name for name, chosen in zip(tasks.names, assignment[0]) if chosen == policy]
         print(f"  policy {policy}: {', '.join(names) or 'none of its own (trains on all tasks)'}")
     count = separates(assignment, tasks.group).sum()
@@ -668,7 +671,7 @@ class Run:
         with open(self.metrics, "a") as file:
             if file.tell() == 0:
                 file.write(",".join(["global_step", "seconds", *row]) + "\n")
-            values = ",".join(f"{value:.6g}" for value in row.values())
+            values = ",".join(f"{value:.6g}" if isinstance(value, float) else str(value) for value in row.values())
             file.write(f"{global_step},{self.seconds():.1f},{values}\n")
         self.add("eval", row)
         summary = f"return {row['mean_return']:.1f}  success {row['mean_success']:.2f}"

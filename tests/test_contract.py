@@ -222,7 +222,7 @@ def test_evaluate_writes_nothing_but_the_picture_asked_for(script, straight_run,
 # --- bad input -----------------------------------------------------------------------------------------------------
 BAD = [
     ("--env nowhere", "Expected one of"), ("--method nothing", "nothing"),
-    ("--total-timesteps 0", "--total-timesteps must be"),
+    ("--seed -1", "--seed must be at least 0"), ("--total-timesteps 0", "--total-timesteps must be"),
     ("--total-timesteps -5", "at least 1"), ("--total-timesteps many", "many"), ("--no-such-flag 1", "no-such-flag"),
     ("--lr 0", "--lr must be"), ("--gamma 1.5", "--gamma must be"),
     ("--resume {missing}", "args.json"), ("--evaluate {missing}", "args.json"),
@@ -240,7 +240,7 @@ BAD_FOR = {
                    ("--resume {run} --method separated", "--method qmp, not separated")],
     "tabular_em.py": [("--num-policies 13", "from 1 to 12"), ("--env chain --num-policies 11", "from 1 to 10"),
                       ("--num-policies 0", "from 1 to 12"), ("--trials 0", "--trials must be"),
-                      ("--method sp --num-policies 2", "leave the flag out"), ("--chain-reward none", "none"),
+                      ("--method sp --num-policies 2", "leave --num-policies out"), ("--chain-reward none", "none"),
                       ("--evals-per-m-step 3", "let --evals-per-m-step divide it"),
                       ("--resume {run} --env chain", "--env grid, not chain")],
 }

@@ -74,10 +74,13 @@ def test_ties_between_actions_are_broken_uniformly():
 
 
 def test_random_clusters_have_equal_rows():
-    for num_tasks, n, sizes in ((12, 4, [3, 3, 3, 3]), (12, 5, [3, 3, 3, 3]), (7, 4, [2, 2, 2, 1]), (10, 2, [5, 5])):
+    for num_tasks, n, sizes in ((12, 4, [3, 3, 3, 3]), (12, 2, [6, 6]), (7, 4, [2, 2, 2, 1]), (10, 2, [5, 5])):
         drawn = [em.random_clusters(num_tasks, n, np.random.default_rng(seed)) for seed in range(20)]
         assert all(sorted(np.bincount(a).tolist(), reverse=True) == sizes for a in drawn)
         assert len({tuple(a) for a in drawn}) > 10
+    sizes = np.array([np.bincount(em.random_clusters(12, 5, np.random.default_rng(seed)), minlength=5)
+                      for seed in range(300)])
+    assert sizes.max() == 3 and (sizes.mean(0) == pytest.approx(12 / 5, abs=0.15))      # 3 void slots of 15, anywhere
 
 
 def test_separates():
@@ -93,26 +96,33 @@ def test_one_q_update_with_and_without_the_terminal_mask():
     assert em.q_update(q, reward, next_values, terminal, 0.2, 0.9, False) == pytest.approx([3.52, 1.62])
 
 
-def test_m_step_against_a_plain_loop():
+@pytest.mark.parametrize("env", ["grid", "chain"])
+@pytest.mark.parametrize("mask", [False, True])
+def test_m_step_against_a_plain_loop(env, mask):
     """The same numbers through a loop over steps of one policy: what the arrays must equal."""
-    args, tasks = em.Args(epsilon=0.3), em.grid_tasks()
-    q, steps = np.zeros((1, 1, 49, 4)), np.zeros((1, 1), int)
-    em.m_step(args, tasks, q, np.ones((1, 1, 12), bool), steps, 120, [np.random.default_rng(3)])
-    numbers, table = np.random.default_rng(3).random((170, 4, 1))[:, :, 0], np.zeros((49, 4))
-    taken, length, state, task = 0, 0, None, None
+    args = em.Args(env=env, epsilon=0.8, mask_terminals=mask)
+    tasks, before, size = em.make_tasks(args), 700_000, 1_500
+    num_states, num_actions = tasks.next_state.shape
+    q, steps = np.zeros((1, 1, num_states, num_actions)), np.full((1, 1), before)
+    em.m_step(args, tasks, q, np.ones((1, 1, len(tasks.goal)), bool), steps, size, [np.random.default_rng(3)])
+    numbers = np.random.default_rng(3).random((size + 50, 4, 1))[:, :, 0]
+    table, taken, length, state, task, ended = np.zeros((num_states, num_actions)), 0, 0, None, None, 0
     for explore, random_action, tie, new_task in numbers:
         if length == 0:
-            if taken >= 120:
+            if taken >= size:
                 break
-            state, task = tasks.start, int(new_task * 12)
+            state, task = tasks.start, int(new_task * len(tasks.goal))
         best = np.flatnonzero(table[state] == table[state].max())
-        action = int(random_action * 4) if explore < 0.3 * (1 - 1e-6) ** taken else best[int(tie * len(best))]
+        explores = explore < 0.8 * (1 - 1e-6) ** (before + taken)              # 0.4: the decay shows
+        action = int(random_action * num_actions) if explores else best[int(tie * len(best))]
         after = tasks.next_state[state, action]
-        table[state, action] += 0.2 * (tasks.reward[task, after] + 0.9 * table[after].max() - table[state, action])
+        at_goal = after == tasks.goal[task]
+        target = tasks.reward[task, after] + 0.9 * (0 if mask and at_goal else table[after].max())
+        table[state, action] += 0.2 * (target - table[state, action])
         taken, length, state = taken + 1, length + 1, after
-        if after == tasks.goal[task] or length == 50:
-            length = 0
-    assert steps.item() == taken >= 120 and np.allclose(q[0, 0], table)
+        if at_goal or length == 50:
+            length, ended = 0, ended + 1
+    assert steps.item() == before + taken and taken >= size and ended > 20 and np.allclose(q[0, 0], table)
 
 
 def test_each_policy_learns_from_its_own_tasks_only():
@@ -139,6 +149,35 @@ def test_clusters_are_recovered(settings, optimum, tmp_path):
     table = rows(em.train(em.Args(**settings, runs_dir=tmp_path)))
     assert table["separated"][-1] == 1 and table["separated"][0] < 1
     assert table["max_return"][-3:].mean() == pytest.approx(optimum, abs=0.7)
+    assert table["mean_return"][-3:].mean() == pytest.approx(optimum, abs=0.7)
+
+
+@pytest.mark.parametrize("method", ["ppt", "random-clusters"])
+def test_only_em_changes_the_assignment_and_a_finished_run_resumes(method, tmp_path):
+    folder = em.train(em.Args(method=method, total_timesteps=8_000, trials=2, runs_dir=tmp_path))  # overshoots: 12,000
+    history = em.load_checkpoint(folder)["history"]
+    assert len(history) > 2 and all(torch.equal(assignment, history[0][1]) for _, assignment, _ in history)
+    em.train(em.read_args(em.Args, ["--resume", str(folder)]))
+    assert len(em.load_checkpoint(folder)["history"]) == len(history)
+
+
+def test_em_assigns_before_training_and_after_whole_m_steps_only(tmp_path):
+    folder = em.train(em.Args(total_timesteps=12_000, trials=2, m_step_size=501, evals_per_m_step=3, runs_dir=tmp_path))
+    steps, assignments, _ = zip(*em.load_checkpoint(folder)["history"])
+    assert steps[:5] == (0, 668, 1_336, 2_004, 2_672) and len(assignments[0].unique()) > 1
+    changed = [not torch.equal(one, other) for one, other in zip(assignments, assignments[1:])]
+    assert not any(change for step, change in zip(steps[1:], changed) if step % 2_004) and any(changed)
+
+
+def test_the_assigned_policy_is_the_one_evaluated():
+    tasks = em.chain_tasks("code")
+    q = np.zeros((1, 2, 51, 2))
+    q[0, 0, :, 1], q[0, 1, :, 0] = 1.0, 1.0                                    # policy 0 runs right, policy 1 left
+    for assignment, returns in (([0, 1] * 5, [17.5, 17.5]), ([1, 0] * 5, [-5.0, -5.0])):
+        own, success, states = em.evaluate_assigned(em.Args(env="chain"), tasks, q, np.array([assignment]),
+                                                    [np.random.default_rng(0)])
+        assert own[0, 2:4, 0] == pytest.approx(returns) and success.all() == (returns[0] > 0)
+        assert states.shape == (51, 1, 10, 3) and (states[-1] == -1).all() == (returns[0] > 0)
 
 
 def test_one_policy_for_all_tasks_fails(tmp_path):
