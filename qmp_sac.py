@@ -22,7 +22,7 @@ Differences from the paper, each explained in docs/qmp_sac.md:
    and so favours low task indices once some tasks end early.
 3. The Q-switch scores the sampled actions with min(Q1, Q2), as the paper's text has it; the authors' code scores mean
    actions with Q1 alone and executes a fresh sample (--switch-action mean --switch-q q1).
-4. The shared baselines draw the same number of transitions of each task for a batch, and keep all data.
+4. The shared baselines draw the same number of transitions of each task for a batch, and keep 1e6 of each.
 5. 1M environment steps by default instead of 12M (--total-timesteps 12_000_000).
 
     python qmp_sac.py                                     # the ten-task maze, QMP
@@ -113,9 +113,9 @@ class Args:
     switch_q: Literal["min", "q1"] = "min"
     """critic that scores: the smaller of the twins, or the first alone (authors' code)"""
     mixture_warmup: int | None = None
-    """rounds of --train-every steps with the own policy before the mixture acts; None: 100 for qmp-multihead, else 0"""
+    """rounds after the first fill with the own policy, before the mixture acts; None: 100 for qmp-multihead, else 0"""
     learning_starts: int | None = None
-    """transitions per task before the first update; None: the preset of --env"""
+    """transitions per task, after which the first full round ends with updates; None: the preset of --env"""
     train_every: int | None = None
     """environment steps per task between two rounds of updates; None: the preset of --env"""
     gradient_steps: int | None = None
@@ -137,7 +137,7 @@ class Args:
     kl_weight: float | None = None
     """weight of the KL to every other task's policy, paper: beta; None: 1e-3 for dnc, 1e-4 for dnc-reg"""
     distill_every: int | None = None
-    """environment steps between two distillations (dnc); None: a tenth of the run"""
+    """environment steps between two distillations (dnc); None: a tenth of the run as it was started"""
     distill_steps: int = 500
     """minibatches per distillation"""
     distill_target: Literal["replay", "policy"] = "replay"
@@ -152,9 +152,13 @@ class Args:
         if self.seed < 0:
             raise ValueError(f"--seed must be at least 0, got {self.seed}")
         for name in ("total_timesteps", "eval_every", "eval_episodes", "checkpoint_every", "train_every",
-                     "gradient_steps", "batch_size", "buffer_size", "hidden_size", "distill_every", "distill_steps"):
+                     "gradient_steps", "batch_size", "buffer_size", "hidden_size", "distill_every", "distill_steps",
+                     "learning_starts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        for name in ("kl_weight", "mixture_warmup"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(self, name)}")
         for name in ("lr", "gamma", "tau"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"--{name} must be above 0 and at most 1, got {getattr(self, name)}")
@@ -310,7 +314,7 @@ class TaskMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(T, B, in) -> (T, B, out): row i of the first axis goes through network i."""
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            x = torch.baddbmm(bias, x, weight) if len(weight) == len(x) else x @ weight[0] + bias[0]
+            x = x @ weight[0] + bias[0] if len(weight) == 1 else torch.baddbmm(bias, x, weight)
             if layer < len(self.weights) - 1:
                 x = self.activation(x)
         return x
@@ -617,6 +621,9 @@ def train(args: Args) -> Path | None:
         learners.load_state_dict(load_checkpoint(args.evaluate)["learners"])
         evaluation = evaluate(args, task_ids, greedy, frames=args.capture_video)
         print_table(names, evaluation)
+        if args.eval_mixture:
+            print("behaviour policies:")
+            print_table(names, evaluate(args, task_ids, mixture))
         if args.capture_video:
             save_animation(args.evaluate / "tasks.gif", names, evaluation["frames"])
         return args.evaluate
@@ -640,6 +647,13 @@ def train(args: Args) -> Path | None:
         obs = set_world(state["world"], envs, obs, rng)
     run = Run(args, names, global_step, state["seconds"])
     losses = defaultdict(list)
+    round_size, updates, batch_size = num_tasks * args.train_every, args.gradient_steps, args.batch_size
+    if args.method in TIED_LAYERS:                                     # a batch of all tasks, and T times as many
+        updates, batch_size = updates * num_tasks, batch_size // num_tasks
+    warmup_end = num_tasks * args.learning_starts + args.mixture_warmup * round_size if args.mixture_warmup else 0
+    if args.total_timesteps <= num_tasks * args.learning_starts:
+        print(f"--total-timesteps {args.total_timesteps:,} only fills the buffers: updates begin after "
+              f"{num_tasks * args.learning_starts:,} steps (--learning-starts {args.learning_starts:,} for each task)")
 
     def save() -> None:
         """Everything that the next step reads."""
@@ -658,9 +672,7 @@ def train(args: Args) -> Path | None:
             distill(args, learners, optimizers["centroid"], buffer, rng)
 
         # Act: in every task the policy that its own critic prefers ------------------------------------------
-        warmup_end = args.learning_starts + args.mixture_warmup * args.train_every
-        own_policy = args.mixture_warmup > 0 and global_step < num_tasks * warmup_end
-        actions, chosen = behave(args, learners, torch.as_tensor(obs, device=device), own_policy)
+        actions, chosen = behave(args, learners, torch.as_tensor(obs, device=device), global_step < warmup_end)
         actions = actions.cpu().numpy()
         recent[range(num_tasks), chosen.cpu()] += 1
 
@@ -674,24 +686,22 @@ def train(args: Args) -> Path | None:
         obs = next_obs
 
         # Update: plain SAC on every task's own data ---------------------------------------------------------
-        new_round = crossed(previous_step, global_step, num_tasks * args.train_every)
+        new_round = crossed(previous_step, global_step, round_size)
         if new_round and global_step > num_tasks * args.learning_starts:
-            shared = args.method in TIED_LAYERS
-            for _ in range(args.gradient_steps * (num_tasks if shared else 1)):
-                batch = buffer.sample(rng, args.batch_size // num_tasks if shared else args.batch_size)
-                for name, loss in update(args, learners, optimizers, batch).items():
+            for _ in range(updates):
+                for name, loss in update(args, learners, optimizers, buffer.sample(rng, batch_size)).items():
                     losses[name].append(loss)
             means = {name: torch.stack(values).mean(0).cpu() for name, values in losses.items()}
             losses.clear()
             check_finite(global_step, means | dict(learners.named_parameters()))
-            for name, per_task in (means | {"alpha": learners.log_alpha.detach().exp().cpu()}).items():
+            means["alpha"] = learners.log_alpha.detach().exp().cpu().expand(num_tasks)
+            for name, per_task in means.items():
                 run.add("losses", {name: per_task.mean().item()})
                 run.add("losses", {f"{task}/{name}": value.item() for task, value in zip(names, per_task)})
-        if new_round:
-            run.write(global_step)
 
-        # Evaluate, save -------------------------------------------------------------------------------------
-        if crossed(previous_step, global_step, args.eval_every) or global_step >= args.total_timesteps:
+        # Evaluate, log, save --------------------------------------------------------------------------------
+        evaluate_now = crossed(previous_step, global_step, args.eval_every) or global_step >= args.total_timesteps
+        if evaluate_now:
             evaluation = evaluate(args, task_ids, greedy)
             own = recent.diagonal() / recent.sum(1)
             columns = {f"{name}/own_share": share.item() for name, share in zip(names, own)}
@@ -702,11 +712,12 @@ def train(args: Args) -> Path | None:
             run.log_evaluation(global_step, evaluation, columns)
             counts += recent
             recent.zero_()
+        if new_round or evaluate_now:
+            run.write(global_step)
         if crossed(previous_step, global_step, args.checkpoint_every):
             save()
 
     # Finish --------------------------------------------------------------------------------------------------
-    run.write(global_step)
     if run.saved_at != global_step:
         save()
     if not run.stop_signal:
@@ -1010,7 +1021,8 @@ def read_args(settings: type, argv: list[str] | None = None):
                       f"give a run folder, such as those below {args.runs_dir}/") from error
     args = tyro.cli(settings, args=argv, default=stored)
     for name, value in asdict(args).items():
-        if name not in MAY_CHANGE and value != getattr(stored, name):
+        may_change = name in MAY_CHANGE or (args.evaluate and name.startswith("eval"))
+        if not may_change and value != getattr(stored, name):
             raise Failure(f"{flag} {folder}: that run was made with --{name.replace('_', '-')} "
                           f"{getattr(stored, name)}, not {value}; leave the flag out, or start a new run")
     return args
@@ -1020,9 +1032,13 @@ def run_script(settings: type, main) -> None:
     """Read the settings, call `main`, and turn what the user can mend into one message."""
     try:
         main(read_args(settings))
-    except (Failure, OSError) as error:                                # OSError: a full disk, a file without permission
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(getattr(error, "status", 1))
+    except Failure as failure:
+        print(f"{Path(sys.argv[0]).name}: {failure}", file=sys.stderr)
+        sys.exit(failure.status)
+    except OSError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}; the last checkpoint is intact. Free some space, or make the run "
+              "folder writable, then --resume it", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

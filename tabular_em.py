@@ -116,8 +116,8 @@ class Args:
         if self.num_policies is None:
             self.num_policies = fixed or {"grid": 4, "chain": 2}[self.env]
         if fixed and self.num_policies != fixed:
-            raise ValueError(f"--method {self.method} has {fixed} policies on --env {self.env}, not "
-                             f"{self.num_policies}; leave --num-policies out, or give a resumed run's own --method, --env")
+            raise ValueError(f"--method {self.method} has {fixed} policies on --env {self.env}, got "
+                             f"{self.num_policies}; leave --num-policies out, or resume with the run's own --method")
         if not 1 <= self.num_policies <= num_tasks:
             raise ValueError(f"--num-policies must be from 1 to {num_tasks}, the number of tasks of --env {self.env}, "
                              f"got {self.num_policies}")
@@ -724,7 +724,8 @@ def read_args(settings: type, argv: list[str] | None = None):
                       f"give a run folder, such as those below {args.runs_dir}/") from error
     args = tyro.cli(settings, args=argv, default=stored)
     for name, value in asdict(args).items():
-        if name not in MAY_CHANGE and value != getattr(stored, name):
+        may_change = name in MAY_CHANGE or (args.evaluate and name.startswith("eval"))
+        if not may_change and value != getattr(stored, name):
             raise Failure(f"{flag} {folder}: that run was made with --{name.replace('_', '-')} "
                           f"{getattr(stored, name)}, not {value}; leave the flag out, or start a new run")
     return args
@@ -734,9 +735,13 @@ def run_script(settings: type, main) -> None:
     """Read the settings, call `main`, and turn what the user can mend into one message."""
     try:
         main(read_args(settings))
-    except (Failure, OSError) as error:                                # OSError: a full disk, a file without permission
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(getattr(error, "status", 1))
+    except Failure as failure:
+        print(f"{Path(sys.argv[0]).name}: {failure}", file=sys.stderr)
+        sys.exit(failure.status)
+    except OSError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}; the last checkpoint is intact. Free some space, or make the run "
+              "folder writable, then --resume it", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

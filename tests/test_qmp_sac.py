@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributions import Normal, TransformedDistribution, kl_divergence
 from torch.distributions.transforms import TanhTransform
 
@@ -412,7 +413,10 @@ def test_a_probe_task_is_learnt(method, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("method", get_args(get_type_hints(qmp.Args)["method"]))
-def test_every_method_runs_and_updates(method, tmp_path):
+def test_every_method_runs_and_updates(method, tmp_path, monkeypatch):
+    calls, distillations, update, distill = [], [], qmp.update, qmp.distill
+    monkeypatch.setattr(qmp, "update", lambda *a: calls.append(a[3][0]) or update(*a))
+    monkeypatch.setattr(qmp, "distill", lambda *a: distillations.append(a) or distill(*a))
     args = qmp.Args(**SMALL | dict(method=method, runs_dir=tmp_path, distill_steps=5, mixture_warmup=1))
     folder = qmp.train(args)
     checkpoint = qmp.load_checkpoint(folder)
@@ -424,8 +428,10 @@ def test_every_method_runs_and_updates(method, tmp_path):
     assert counts.sum(1).tolist() == [600, 600, 600] and checkpoint["num_added"] == 600
     share = np.loadtxt(folder / "mixture.csv", delimiter=",")
     assert np.allclose(share.sum(1), 1, atol=1e-5)
-    if "qmp" not in method:
-        assert np.array_equal(share, np.eye(3))
+    assert np.array_equal(share, np.eye(3)) == ("qmp" not in method)
+    assert len(calls) == (3 * 4 * 3 if method in qmp.TIED_LAYERS else 3 * 4)   # rounds 300, ..., 600 of 100 steps
+    assert {tuple(obs.shape) for obs in calls} == {(3, 8 if method in qmp.TIED_LAYERS else 24, 4)}
+    assert len(distillations) == (9 if method == "dnc" else 0)                 # the tenth falls due at the end
     assert {path.name for path in folder.iterdir()} >= {"args.json", "metrics.csv", "checkpoint.pt", "curves.png",
                                                         "mixture.png", "paths.png"}
 
@@ -442,23 +448,86 @@ def test_stored_action_is_the_executed_one(monkeypatch, tmp_path):
     assert np.array_equal(training, qmp.load_checkpoint(folder)["buffer"][:, :100, 4:6])       # (T, steps, A)
 
 
-def test_evaluation_asks_no_policy_but_the_tasks_own(tmp_path):
-    """With T policies of which only the own one is sane, evaluation must not see the others."""
-    folder = qmp.train(qmp.Args(**SMALL | dict(runs_dir=tmp_path, total_timesteps=300)))
+def test_evaluation_asks_no_policy_but_the_tasks_own(tmp_path, monkeypatch):
+    """Spoil one policy in a checkpoint: `--evaluate` may see it in that policy's own task only."""
+    folder, seen = qmp.train(qmp.Args(**SMALL | dict(runs_dir=tmp_path, total_timesteps=300))), {}
     state = qmp.load_checkpoint(folder)
-    seen = {}
-    for poisoned in (None, 0, 2):
-        args = qmp.read_args(qmp.Args, ["--evaluate", str(folder)])
-        learners = qmp.Learners(args, 3, 4, 2)
-        learners.load_state_dict(state["learners"])
-        if poisoned is not None:
-            with torch.no_grad():
-                for param in learners.actor.parameters():
-                    param[poisoned] = float("nan")
-        def act(obs, learners=learners):
-            return learners.actor(torch.as_tensor(obs)[:, None])[0].tanh().squeeze(1).nan_to_num(0).detach().numpy()
-        seen[poisoned] = qmp.evaluate(args, [0, 4, 8], act)["returns"][:, 0]
-    assert seen[0][1] == seen[None][1] and seen[0][2] == seen[None][2] and seen[2][0] == seen[None][0]
+    monkeypatch.setattr(qmp, "print_table", lambda names, result: seen.update({spoilt: result["returns"][:, 0]}))
+    for spoilt in (None, 0, 2):
+        changed = {name: value.clone() for name, value in state["learners"].items()}
+        for name, value in changed.items():
+            if spoilt is not None and name.startswith("actor.net.biases.2"):
+                value[spoilt] += 5.0                                           # push to the upper right, always
+        torch.save(state | {"learners": changed}, folder / "checkpoint.pt")
+        qmp.train(qmp.read_args(qmp.Args, ["--evaluate", str(folder)]))
+    for spoilt in (0, 2):
+        assert [seen[spoilt][task] != seen[None][task] for task in range(3)] == [task == spoilt for task in range(3)]
+
+
+def test_what_is_stored_at_a_time_limit(monkeypatch, tmp_path):
+    monkeypatch.setitem(qmp.HORIZON, "maze", 7)
+    folder = qmp.train(qmp.Args(**SMALL | dict(runs_dir=tmp_path, total_timesteps=300)))
+    obs, _, _, next_obs, terminations = qmp.load_checkpoint(folder)["buffer"].split([4, 2, 1, 4, 1], -1)
+    assert not terminations.any()                                              # a time limit bootstraps ...
+    moved = (next_obs - obs)[..., :2].norm(dim=-1)
+    assert moved.max() < 0.06                                                  # ... from where the action led to,
+    jumps = (obs[:, 1:] - next_obs[:, :-1])[..., :2].norm(dim=-1) > 0          # not from the new episode's start
+    assert torch.equal(jumps, (torch.arange(1, 100) % 7 == 0).expand(3, -1))
+
+
+def test_warm_up_acts_with_the_own_policy_until_its_rounds_are_over(tmp_path):
+    counts = {}
+    for warmup in (0, 2, 100):                                                 # fill 200, rounds of 100 steps per task
+        args = qmp.Args(**SMALL | dict(method="qmp-multihead", mixture_warmup=warmup, runs_dir=tmp_path / str(warmup)))
+        counts[warmup] = qmp.load_checkpoint(qmp.train(args))["counts"].diagonal().float().mean() / 600
+    assert counts[100] == 1 and 400 / 600 < counts[2] < 1 and counts[0] < 0.9
+
+
+@pytest.mark.parametrize("method, expected", [
+    ("qmp", (3_000, 600, 100, 256, 3e-4, 256, 0.0, 0)), ("shared", (3_000, 600, 100, 256, 3e-4, 834, 0.0, 0)),
+    ("qmp-multihead", (3_000, 600, 100, 256, 3e-4, 834, 0.0, 100)), ("dnc", (3_000, 600, 100, 256, 3e-4, 256, 1e-3, 0)),
+    ("dnc-reg", (3_000, 600, 100, 256, 3e-4, 256, 1e-4, 0))])
+def test_the_papers_settings_are_the_defaults(method, expected):
+    args = qmp.Args(method=method)
+    assert (args.learning_starts, args.train_every, args.gradient_steps, args.batch_size, args.lr, args.hidden_size,
+            args.kl_weight, args.mixture_warmup) == expected
+    assert (args.gamma, args.tau, args.buffer_size, args.eval_episodes) == (0.99, 0.005, 1_000_000, 10)
+    assert qmp.Args(method="qmp", lr=1.0).lr == 1.0                            # what is given stays
+
+
+def test_the_kl_weight_pulls_policies_together():
+    distances = []
+    for kl_weight in (0.0, 10.0):
+        args, learners, optimizers, batch = learners_and_batch("dnc-reg", kl_weight=kl_weight)
+        for _ in range(30):
+            losses = qmp.update(args, learners, optimizers, batch)
+        distances.append(losses["kl"].mean())
+    assert losses["kl"].shape == (3,) and distances[1] < 0.2 * distances[0]
+
+
+def test_activation_is_the_one_asked_for():
+    x = torch.randn(2, 5, 3)
+    for name, function in (("relu", torch.relu), ("tanh", torch.tanh)):
+        net = qmp.TaskMLP(2, [3, 4, 1], activation=name)
+        expected = function(x @ net.weights[0]) @ net.weights[1]
+        torch.testing.assert_close(net(x), expected)
+    with pytest.raises(RuntimeError):
+        qmp.TaskMLP(3, [3, 4, 1])(x)                                           # two rows for three tasks
+
+
+def test_tensorboard_has_each_evaluation_at_its_own_step(tmp_path):
+    folder = qmp.train(qmp.Args(**SMALL | dict(runs_dir=tmp_path, eval_every=450)))
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert [event.step for event in events.Scalars("eval/mean_return")] == [450, 900, 1350, 1800]
+    assert [event.value for event in events.Scalars("eval/mean_return")] == pytest.approx(
+        [float(row[1]) for row in csv_without_seconds(folder)[1:]], rel=1e-5)
+
+
+def test_a_run_whose_last_step_overshoots_can_be_resumed(tmp_path):
+    folder = qmp.train(qmp.Args(**SMALL | dict(runs_dir=tmp_path, total_timesteps=1_000)))
+    assert qmp.load_checkpoint(folder)["global_step"] == 1_002
+    qmp.train(qmp.read_args(qmp.Args, ["--resume", str(folder)]))
 
 
 @pytest.mark.parametrize("one, other", [
