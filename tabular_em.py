@@ -608,6 +608,7 @@ class Run:
     def __init__(self, args: Args, names: list[str], global_step: int = 0, seconds: float = 0.0):
         self.args, self.names, self.pending, self.stop_signal, self.saved_at = args, names, defaultdict(list), 0, None
         self.start_step, self.earlier_seconds, self.started = global_step, seconds, time.perf_counter()
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         script, about = Path(__file__), {"commands": []}
         if args.resume:
             self.dir, about = args.resume, json.loads((args.resume / "args.json").read_text())
@@ -620,8 +621,9 @@ class Run:
                 raise Failure(f"--runs-dir {args.runs_dir}: cannot make {self.dir} ({error.strerror})") from error
         self.metrics = self.dir / "metrics.csv"
         if args.resume:
-            rows = self.metrics.read_text().splitlines(keepends=True) if self.metrics.exists() else []
-            keep = rows[:1] + [row for row in rows[1:] if row[-1] == "\n" and int(row.split(",")[0]) <= global_step]
+            text = self.metrics.read_text() if self.metrics.exists() else ""
+            rows = [row for row in text.splitlines(keepends=True) if row[-1] == "\n"]           # no torn last row
+            keep = rows[:1] + [row for row in rows[1:] if int(row.split(",")[0]) <= global_step]
             write_whole(self.metrics, lambda tmp: tmp.write_text("".join(keep)))   # the rest is about to be repeated
         pinned = re.findall(r'"([\w-]+)[^"]*==', script.read_text().split("# ///")[1])
         self.settings = {key: str(v) if isinstance(v, Path) else v for key, v in asdict(args).items()}
@@ -632,7 +634,6 @@ class Run:
         self.writer = SummaryWriter(self.dir, purge_step=global_step + 1)
         self.bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True,
                         disable=not sys.stderr.isatty())
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_signal(self, number, frame) -> None:
         """First Ctrl-C or SIGTERM: finish this step, save, end. Second: end at once."""
