@@ -750,7 +750,8 @@ def plot_mixture(path: Path, counts: Tensor, names: list[str]) -> None:
         axis.imshow(values, vmin=0, vmax=2 / len(names), cmap="RdBu_r", aspect="auto")
         for (row, column), value in np.ndenumerate(values):
             if axis is right or row != column:
-                axis.text(column, row, f"{100 * value:.0f}%", ha="center", va="center", fontsize=8)
+                axis.text(column, row, f"{100 * value:.0f}%", ha="center", va="center", fontsize=8,
+                          color="white" if value * len(names) > 1.6 else "black")
         axis.set_title(title, fontsize=9)
         axis.set(xticks=[], yticks=[])
     left.set_xticks(range(len(names)), names, rotation=45)

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark" / "results" / "maze"
-METHODS, SEEDS, STEPS = ("qmp", "separated", "qmp-uniform"), (1, 2, 3), 1_000_000
+METHODS, SEEDS, STEPS, BIN = ("qmp", "separated", "qmp-uniform"), (1, 2, 3), 1_000_000, 60_000
 PICTURES = ("curves", "mixture", "paths")
 
 
@@ -43,6 +44,20 @@ def run(runs: Path, method: str, seed: int) -> str:
     return f"{method}, seed {seed}: {'done' if done.returncode == 0 else f'failed with status {done.returncode}'}"
 
 
+def training_success(folder: Path) -> np.ndarray:
+    """Share of training episodes that reached the goal, in bins of 60,000 steps: rows of step, task 0, ..., task 9."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    rows = np.full((-(-STEPS // BIN), 11), np.nan)
+    rows[:, 0] = BIN * np.arange(1, len(rows) + 1)
+    for task in range(10):
+        found = np.array([(event.step, event.value) for event in events.Scalars(f"tasks/task{task}/success")])
+        for row in rows:
+            inside = (found[:, 0] > row[0] - BIN) & (found[:, 0] <= row[0])
+            row[1 + task] = found[inside, 1].mean() if inside.any() else np.nan
+    return rows
+
+
 def collect(runs: Path) -> None:
     """Copy numbers of every finished run, and the pictures of seed 1."""
     for method in METHODS:
@@ -51,25 +66,33 @@ def collect(runs: Path) -> None:
                 if (folder / "mixture.csv").exists():
                     shutil.copy(folder / "metrics.csv", RESULTS / f"{method}-s{seed}.csv")
                     shutil.copy(folder / "mixture.csv", RESULTS / f"{method}-s{seed}-mixture.csv")
+                    np.savetxt(RESULTS / f"{method}-s{seed}-training.csv", training_success(folder), "%.4g", ",",
+                               header="global_step," + ",".join(f"task{task}" for task in range(10)), comments="")
                     for picture in PICTURES * (seed == 1):
                         shutil.copy(folder / f"{picture}.png", RESULTS / f"{method}-s{seed}-{picture}.png")
 
 
-def tables(method: str) -> list[np.ndarray]:
-    return [read(RESULTS / f"{method}-s{seed}.csv") for seed in SEEDS if (RESULTS / f"{method}-s{seed}.csv").exists()]
+def tables(method: str, suffix: str = "") -> list[np.ndarray]:
+    paths = [RESULTS / f"{method}-s{seed}{suffix}.csv" for seed in SEEDS]
+    return [read(path) for path in paths if path.exists()]
 
 
 def draw() -> None:
-    """Success and return over environment steps, mean and standard deviation over seeds; own share of QMP's steps."""
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    """Success in evaluation and in training, mean and standard deviation over seeds; own share of QMP's steps."""
+    figure = Figure(figsize=(14, 4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     for method in METHODS:
-        runs = tables(method)
-        for axis, column in ((left, "mean_success"), (middle, "mean_return")):
-            values, steps = np.array([table[column] for table in runs]), runs[0]["global_step"]
-            axis.plot(steps, values.mean(0), label=f"{method} ({len(runs)} seeds)")
-            axis.fill_between(steps, values.mean(0) - values.std(0), values.mean(0) + values.std(0), alpha=0.2)
-            axis.set(xlabel="environment steps, summed over tasks", ylabel=column.replace("mean_", "evaluated "))
+        training = [[np.nanmean([row[f"task{i}"] for i in range(10)]) for row in table]
+                    for table in tables(method, "-training")]
+        for axis, values, steps, label in (
+                (left, [table["mean_success"] for table in tables(method)], tables(method)[0]["global_step"],
+                 "success in evaluation (own policies, greedy)"),
+                (middle, training, tables(method, "-training")[0]["global_step"],
+                 "success in training (behaviour policies)")):
+            mean, spread = np.mean(values, 0), np.std(values, 0)
+            axis.plot(steps, mean, label=f"{method} ({len(values)} seeds)")
+            axis.fill_between(steps, mean - spread, mean + spread, alpha=0.2)
+            axis.set(xlabel="environment steps, summed over tasks", ylabel=label, ylim=(-0.02, 0.5))
     left.legend(frameon=False)
     shares = np.array([[table[f"task{i}/own_share"] for i in range(10)] for table in tables("qmp")]).mean(0)
     for i, share in enumerate(shares):
@@ -100,6 +123,13 @@ def summary() -> str:
         values = np.mean([[table[f"task{i}/success"][table["global_step"] > 0.75 * STEPS].mean() for i in range(10)]
                           for table in tables(method)], axis=0)
         lines.append(f"| {method} | " + " | ".join(f"{value:.2f}" for value in values) + " |")
+    lines += ["", "| goals reached in training, per seed | tasks reached at least once | mean success, second half |",
+              "|---" * 3 + "|"]
+    for method in METHODS:
+        training = [np.array([list(row)[1:] for row in table]) for table in tables(method, "-training")]
+        reached = [int((np.nan_to_num(table) > 0).any(0).sum()) for table in training]
+        late = [np.nanmean(table[len(table) // 2:]) for table in training]
+        lines.append(f"| {method} | {', '.join(map(str, reached))} of 10 | {', '.join(f'{x:.2f}' for x in late)} |")
     shares = np.mean([np.loadtxt(RESULTS / f"qmp-s{seed}-mixture.csv", delimiter=",") for seed in SEEDS
                       if (RESULTS / f"qmp-s{seed}-mixture.csv").exists()], axis=0)
     off = shares - np.diag(np.full(10, np.nan))
