@@ -67,21 +67,27 @@ from tqdm import tqdm
 PRESETS = {  # the paper's Table 1 and appendix; a setting left at None takes its value from here
     "maze": dict(learning_starts=3_000, train_every=600, gradient_steps=100, batch_size=256, lr=3e-4, hidden_size=256,
                  kl_weight=0.0, mixture_warmup=0),
+    "reacher": dict(learning_starts=10_000, train_every=200, gradient_steps=200, batch_size=32, lr=3e-4,
+                    hidden_size=256, kl_weight=0.0, mixture_warmup=0),      # authors' code; see --reacher-preset
 }
+REACHER_PAPER = dict(train_every=1_000, gradient_steps=100)
 METHOD_PRESETS = {  # width 834 gives shared networks about as many parameters as ten networks of width 256 have
     ("maze", "shared"): dict(hidden_size=834), ("maze", "shared-multihead"): dict(hidden_size=834),
     ("maze", "qmp-multihead"): dict(hidden_size=834, mixture_warmup=100),
     ("maze", "dnc"): dict(kl_weight=1e-3), ("maze", "dnc-reg"): dict(kl_weight=1e-4),
+    ("reacher", "shared"): dict(hidden_size=600), ("reacher", "shared-multihead"): dict(hidden_size=512, lr=1e-3),
+    ("reacher", "qmp-multihead"): dict(hidden_size=512, lr=1e-3),
+    ("reacher", "dnc"): dict(kl_weight=1e-3), ("reacher", "dnc-reg"): dict(kl_weight=1e-3),
 }
 TIED_LAYERS = {"shared": 3, "shared-multihead": 2, "qmp-multihead": 2}      # of 3; other methods share no layer
 
 
 @dataclass
 class Args:
-    env: Literal["maze"] = "maze"
+    env: Literal["maze", "reacher"] = "maze"
     """task family; each task of the family is one sub-environment"""
-    method: Literal["qmp", "separated", "shared", "qmp-uniform", "shared-multihead", "qmp-multihead", "dnc",
-                    "dnc-reg"] = "qmp"
+    method: Literal["qmp", "separated", "shared", "qmp-uniform", "qmp-domain", "shared-multihead", "qmp-multihead",
+                    "dnc", "dnc-reg"] = "qmp"
     """the paper's method, a baseline or an ablation (docs/qmp_sac.md says what each one is)"""
     tasks: tuple[int, ...] | None = None
     """indices of the tasks to train on, such as 0 4 8; None takes all of the family"""
@@ -107,6 +113,13 @@ class Args:
     """run folder to load and evaluate; trains nothing and writes nothing but pictures asked for"""
     capture_video: bool = False
     """after training or with --evaluate: one animated picture of all tasks side by side"""
+
+    reacher_model: Literal["strong", "official"] = "strong"
+    """arm with a shoulder motor that can hold it (gear 20), or the authors' (gear 10), which cannot at some goals"""
+    reacher_reward: Literal["code", "paper"] = "code"
+    """reward of the authors' code, or the paper's description with a bonus of 1 per goal"""
+    reacher_preset: Literal["code", "paper"] = "code"
+    """rounds of 200 steps and 200 updates per task (authors' code), or of 1000 and 100 (the paper's table)"""
 
     switch_action: Literal["sample", "mean"] = "sample"
     """action that the Q-switch scores: each policy's sample, which is executed (paper), or its mean (authors' code)"""
@@ -144,7 +157,10 @@ class Args:
     """what the common policy imitates: replayed actions (authors' code), or each task's policy on its own states"""
 
     def __post_init__(self):
-        for name, value in (PRESETS[self.env] | METHOD_PRESETS.get((self.env, self.method), {})).items():
+        preset = PRESETS[self.env] | METHOD_PRESETS.get((self.env, self.method), {})
+        if self.env == "reacher" and self.reacher_preset == "paper":
+            preset |= REACHER_PAPER
+        for name, value in preset.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         if self.distill_every is None:
@@ -162,6 +178,8 @@ class Args:
         for name in ("lr", "gamma", "tau"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"--{name} must be above 0 and at most 1, got {getattr(self, name)}")
+        if self.method == "qmp-domain" and self.env != "reacher":
+            raise ValueError("--method qmp-domain knows how the reacher's tasks are related; use it with --env reacher")
         family = range(len(TASKS[self.env]))
         if self.tasks is not None and (not self.tasks or sorted(set(self.tasks) & set(family)) != sorted(self.tasks)):
             raise ValueError(f"--tasks takes different indices from 0 to {family[-1]} for --env {self.env}, "
@@ -178,8 +196,8 @@ MAZE = ("############", "#....#.....#", "#.##.#.#.#.#", "#......#...#", "#.####.
         "##.#.#.#.###", "#..#...#...#", "############")    # D4RL's large maze; row = x axis, column = y axis
 MAZE_TASKS = [((1, 3), (5, 8)), ((1, 10), (2, 4)), ((4, 1), (1, 7)), ((7, 4), (4, 10)), ((1, 3), (7, 4)),
               ((1, 7), (7, 10)), ((5, 4), (7, 9)), ((7, 1), (2, 6)), ((1, 2), (3, 10)), ((7, 2), (6, 8))]  # start, goal
-TASKS = {"maze": [f"task{i}" for i in range(len(MAZE_TASKS))]}
-HORIZON = {"maze": 600}
+TASKS = {"maze": [f"task{i}" for i in range(10)], "reacher": [f"task{i}" for i in range(5)]}
+HORIZON = {"maze": 600, "reacher": 200}
 
 
 @cache
@@ -208,13 +226,32 @@ def maze_model() -> mujoco.MjModel:
     </mujoco>""")
 
 
-class MazeEnv(gym.Env):
+class SavableEnv(gym.Env):
+    """A MuJoCo simulator that can say all that its next step reads."""
+    metadata = {"render_modes": ["rgb_array"]}
+    render_mode = "rgb_array"
+    progress = ()                                         # names of own counters that change during an episode
+
+    def get_state(self) -> list[float]:
+        """Simulator, warm start of its solver included, followed by the counters."""
+        state = np.empty(mujoco.mj_stateSize(self.model, mujoco.mjtState.mjSTATE_INTEGRATION))
+        mujoco.mj_getState(self.model, self.data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
+        return [*state.tolist(), *(float(getattr(self, name)) for name in self.progress)]
+
+    def set_state(self, state: list[float]) -> None:
+        """Undo `get_state`."""
+        simulator = np.array(state[:len(state) - len(self.progress)])
+        mujoco.mj_setState(self.model, self.data, simulator, mujoco.mjtState.mjSTATE_INTEGRATION)
+        for name, value in zip(self.progress, state[len(simulator):]):
+            setattr(self, name, int(value))
+
+
+class MazeEnv(SavableEnv):
     """One task of the maze: push a point mass (4.19 kg) from `start` to within 0.5 m of `goal`.
 
     Observation (4,): position and velocity [m, m/s], without the goal. Action (2,): force / 100 N, clipped to +-1.
     Reward exp(-distance) - 1 is below 0 at every step, so reaching the goal, which ends the episode, is what pays.
     """
-    metadata = {"render_modes": ["rgb_array"]}
     max_speed = 5.0                                       # m/s along each axis, enforced before each simulation step
 
     def __init__(self, start: tuple[int, int], goal: tuple[int, int]):
@@ -222,7 +259,6 @@ class MazeEnv(gym.Env):
         self.start, self.goal = np.array(start, float), np.array(goal, float)
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (4,), np.float32)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
-        self.render_mode = "rgb_array"
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -242,15 +278,6 @@ class MazeEnv(gym.Env):
     def _obs(self) -> np.ndarray:
         return np.concatenate([self.data.qpos, self.data.qvel]).astype(np.float32)
 
-    def get_state(self) -> list[float]:
-        """All that the next step of the simulator reads, warm start of its solver included."""
-        state = np.empty(mujoco.mj_stateSize(self.model, mujoco.mjtState.mjSTATE_INTEGRATION))
-        mujoco.mj_getState(self.model, self.data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
-        return state.tolist()
-
-    def set_state(self, state: list[float]) -> None:
-        mujoco.mj_setState(self.model, self.data, np.array(state), mujoco.mjtState.mjSTATE_INTEGRATION)
-
     def render(self, scale: int = 16) -> np.ndarray:
         """Seen from above, rows downwards, uint8 RGB: walls, the goal's disc and the point mass."""
         image = np.where(np.array([list(line) for line in MAZE])[..., None] == "#", 70, 245).astype(np.uint8)
@@ -261,9 +288,136 @@ class MazeEnv(gym.Env):
         return image
 
 
+REACHER_LINKS = (  # body, position, quaternion, mass, its centre and frame, inertia, joint axis, range, shape; radius
+    ("link_1", "0 0 .1535", "0 0 1 0", .613151, "-1.14317e-6 .0102141 -.0637045", ".702792 .0778988 -.0778994 .702813",
+     ".00149348 .00144012 .000401632", "0 0 -1", "-.8 .8", ""),
+    ("link_2", "0 0 -.1185", "0 0 .707107 .707107", 1.85031, "0.206657 -1.55e-7 -.030675", "1 0 0 0",
+     ".0402753 .0398125 .00121953", "0 0 1", "-1.5 .7", "0 0 0 .41 0 0;.04"),
+    ("link_3", ".41 0 0", "0 .707107 .707107 0", .70372, ".0847979 -1.18e-7 -.020283",
+     "2.338e-5 .694869 1.997e-5 .719136", ".00386732 .00373181 .000358773", "0 0 -1", "-.698132 .698132",
+     "0 0 0 .207 0 -.011;.035"),
+    ("link_4", ".207 0 -.01125", "0 .707107 0 -.707107", .227408, ".00914824 4.5e-8 -.0370941",
+     ".971237 -1.93e-5 -.238115 3.24e-5", ".000176463 .00017225 .000108303", "0 0 -1", "-.698132 .698132",
+     "0 0 0 .0343 0 -.0659;.03"),
+    ("link_5", ".0343 0 -.06588", ".887011 0 -.461749 0", .227408, ".00914824 4.5e-8 -.0370941",
+     ".971237 -1.93e-5 -.238115 3.24e-5", ".000176463 .00017225 .000108303", "0 0 -1", "-.698132 .698132",
+     "0 0 0 .0343 0 -.0659;.03"),
+    ("hand", ".0343 0 -.06588", ".627211 -.326506 -.326506 .627211", .58074, ".0036132 -6.22e-5 -.0583749",
+     ".669114 -.237618 -.23799 .66271", ".000817146 .000671192 .000606807", "0 0 -1", "-.698132 .698132",
+     "0 0 -.06;.05"))
+REACHER_GOALS = np.array([(0.2, 0.3, 0.5), (0.3, 0.0, 0.3), (0.4, -0.3, 0.4), (0.4, 0.3, 0.2)])    # metres, world
+REACHER_TASKS = ((0, 1, 2), (0, 1, 3), (1, 3, 2), (1, 2, 0), None)     # order of the goals; None: stay at the start
+DOMAIN_WEIGHTS = torch.tensor([[3, 2, 0, 1, 0], [2, 3, 1, 0, 0], [0, 1, 3, 1, 0], [1, 0, 1, 3, 0], [0, 0, 0, 0, 1.0]])
+
+
+@cache
+def reacher_model(variant: str) -> mujoco.MjModel:
+    """A Jaco arm of six joints without fingers: official masses, capsules instead of the official meshes.
+
+    "official" has a shoulder motor (joint 2) too weak to hold the arm at some goals; "strong" doubles its gear to 20.
+    """
+    arm = ""
+    for name, pos, quat, mass, com, com_quat, inertia, axis, limits, shape in reversed(REACHER_LINKS):
+        place, _, size = shape.partition(";")
+        kind = 'type="capsule" fromto' if place.count(" ") == 5 else 'type="sphere" pos'
+        geom = f'<geom {kind}="{place}" size="{size}" mass="0"/>' if shape else ""
+        start = ' ref="-2.8"' if name == "link_5" else ""             # outside its limits, as in the official model
+        arm = f"""<body name="{name}" pos="{pos}" quat="{quat}">
+          <inertial pos="{com}" quat="{com_quat}" mass="{mass}" diaginertia="{inertia}"/>
+          <joint name="{name}" axis="{axis}" range="{limits}"{start}/>{geom}{arm}</body>"""
+    gears = (5, 20 if variant == "strong" else 10, 10, 10, 10, 10)
+    motors = "".join(f'<motor joint="{link[0]}" gear="{gear}"/>' for link, gear in zip(REACHER_LINKS, gears))
+    return mujoco.MjModel.from_xml_string(f"""
+    <mujoco>
+      <compiler angle="radian"/>
+      <option timestep="0.01" gravity="0 0 -9.8" iterations="10" integrator="Euler"/>
+      <default>
+        <joint type="hinge" limited="true" damping="0.5" armature="0.01"/>
+        <geom margin="0.001" contype="1" conaffinity="0"/>
+        <motor ctrllimited="true" ctrlrange="-1 1"/>
+      </default>
+      <worldbody>
+        <geom type="plane" size="5 5 1" contype="1" conaffinity="1"/>
+        <body name="base" pos="0 0 .25">{arm}</body>
+      </worldbody>
+      <actuator>{motors}</actuator>
+    </mujoco>""")
+
+
+class ReacherEnv(SavableEnv):
+    """One task of the multistage reacher: touch three goals in order (tasks 0 to 3) or hold the hand still (task 4).
+
+    Observation (15,): joint angles and velocities [rad, rad/s], and which goal is next, one-hot; where the goals are is
+    not observed. Action (6,): joint torques as a share of the motors' limits. A goal is touched within 5 cm.
+    """
+    progress = ("stage", "held")
+    hold_still = np.array([0.410, 0.119, 0.239])                      # the hand at the start [m]
+
+    def __init__(self, task: int, variant: str, reward: str):
+        self.model, self.data = reacher_model(variant), mujoco.MjData(reacher_model(variant))
+        self.task, self.order, self.reward_kind, self.stage, self.held = task, REACHER_TASKS[task], reward, 0, 0
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (15,), np.float32)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (6,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        mujoco.mj_resetData(self.model, self.data)
+        self.data.qpos += self.np_random.uniform(-0.01, 0.01, 6)
+        self.data.qvel[:] = self.np_random.uniform(-0.001, 0.001, 6)
+        mujoco.mj_forward(self.model, self.data)
+        self.stage = self.held = 0
+        return self._obs(), {"success": False, "stages": 0}
+
+    def step(self, action):
+        action = np.clip(action, -1.0, 1.0)
+        self.data.ctrl[:] = action
+        mujoco.mj_step(self.model, self.data, nstep=4)
+        goal = self.hold_still if self.order is None else REACHER_GOALS[self.order[self.stage]]
+        distance = float(np.linalg.norm(self.data.body("hand").xpos - goal))
+        touched = distance < 0.05
+        if self.order is None:
+            self.held += touched
+            self.stage = self.held // 30                   # 90 steps near the start, not necessarily in a row
+        else:
+            self.stage += touched
+        done = self.stage == 3
+        reward = self._reward(action, distance, touched)
+        return self._obs(), reward, done, False, {"success": done, "stages": self.stage}
+
+    def _reward(self, action: np.ndarray, distance: float, touched: bool) -> float:
+        """The authors' code ("code"), or what the paper says in words ("paper")."""
+        effort = 0.01 * float(np.square(action).sum())
+        if self.reward_kind == "paper":
+            return touched * (self.order is not None) - effort - distance * (self.task != 3)
+        effort += 0.001 * float(np.abs(self.data.qvel).mean()) + 1e-5 * float(np.abs(self.data.qacc).mean())
+        time = 0.4 * (3 - self.stage)                                 # paid at every step until the last goal
+        return (-distance - time, -distance + 200 * touched - 2, -distance - time, -time, -distance)[self.task] - effort
+
+    def _obs(self) -> np.ndarray:
+        return np.concatenate([self.data.qpos, self.data.qvel, np.arange(3) == self.stage]).astype(np.float32)
+
+    def render(self, size: int = 160) -> np.ndarray:
+        """The arm seen from the front and above, 1.3 m wide: next goal in green, hand in red."""
+        def pixel(point):
+            x, y, z = np.asarray(point) * size / 1.3
+            return size / 2 - y + 0.4 * x, 0.75 * size - z + 0.4 * x
+        picture = Image.new("RGB", (size, size), "white")
+        draw, goal = ImageDraw.Draw(picture), self.hold_still
+        if self.order is not None:
+            goal = REACHER_GOALS[self.order[min(self.stage, 2)]]
+        draw.line([pixel(point) for point in self.data.xpos[1:]], fill="black", width=4)
+        for point, radius, colour in ((goal, 0.05, (110, 190, 120)), (self.data.xpos[-1], 0.03, (200, 50, 50))):
+            (x, y), r = pixel(point), radius * size / 1.3
+            draw.ellipse([x - r, y - r, x + r, y + r], fill=colour)
+        return np.asarray(picture)
+
+
 def make_env(args: Args, task: int) -> gym.Env:
     """Task `task` of the family, with its time limit as truncation and with the statistics of its episodes."""
-    env = MazeEnv(*MAZE_TASKS[task])
+    if args.env == "maze":
+        env = MazeEnv(*MAZE_TASKS[task])
+    else:
+        env = ReacherEnv(task, args.reacher_model, args.reacher_reward)
     env = gym.wrappers.TimeLimit(env, HORIZON[args.env])
     return gym.wrappers.RecordEpisodeStatistics(env)
 
@@ -282,10 +436,12 @@ def true_next_obs(next_obs: np.ndarray, infos: dict) -> np.ndarray:
 
 
 def finished_episodes(infos: dict):
-    """Yield (task, undiscounted return, length in steps, success) of each episode that ended on this step."""
+    """Yield (task, {undiscounted return, length, what the task reports}) of each episode that ended on this step."""
     final = infos.get("final_info", {})                   # a dict of arrays
     for i in np.flatnonzero(final.get("_episode", ())):
-        yield int(i), float(final["episode"]["r"][i]), int(final["episode"]["l"][i]), float(final["success"][i])
+        reported = {key: float(values[i]) for key, values in final.items() if key[0] != "_" and key != "episode"}
+        yield int(i), {"episodic_return": float(final["episode"]["r"][i]),
+                       "episodic_length": int(final["episode"]["l"][i]), **reported}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -445,12 +601,15 @@ def q_switch(obs: Tensor, proposals: Tensor, qf1: Critic, qf2: Critic | None) ->
 def behave(args: Args, learners: Learners, obs: Tensor, own_policy: bool) -> tuple[Tensor, Tensor]:
     """Actions to execute, (T, A), and the policy each one came from, (T,): the only thing that QMP changes in SAC."""
     tasks = torch.arange(len(obs), device=obs.device)
-    if own_policy or args.method not in ("qmp", "qmp-multihead", "qmp-uniform"):
+    if own_policy or not args.method.startswith("qmp"):
         mean, log_std = learners.actor(obs[:, None])                   # (T, 1, A)
         return squash(mean, log_std, torch.randn_like(mean))[0].squeeze(1), tasks
     samples, means = propose_actions(learners.actor, obs)
     if args.method == "qmp-uniform":
         chosen = torch.randint(len(obs), (len(obs),), device=obs.device)
+    elif args.method == "qmp-domain":                                  # by hand: how many stretches two tasks share
+        rows = DOMAIN_WEIGHTS if args.tasks is None else DOMAIN_WEIGHTS[list(args.tasks)][:, list(args.tasks)]
+        chosen = torch.multinomial(rows.to(obs.device), 1).squeeze(1)
     else:
         scored = samples if args.switch_action == "sample" else means
         chosen = q_switch(obs, scored, learners.qf1, learners.qf2 if args.switch_q == "min" else None)
@@ -573,7 +732,8 @@ def evaluate(args: Args, task_ids: list[int], act, frames: bool = False) -> dict
         act: observations (T, O) -> actions (T, A).
         frames: also render each task's first episode, every fourth step.
     Returns:
-        returns and successes, (T, episodes); paths, the observations of each task's first episode; frames.
+        returns, successes and what else the tasks report, (T, episodes) each; paths, the observations of each task's
+        first episode; frames.
     """
     envs = make_envs(args, task_ids)
     obs, _ = envs.reset(seed=args.seed + 10_000)
@@ -587,11 +747,13 @@ def evaluate(args: Args, task_ids: list[int], act, frames: bool = False) -> dict
             obs, _, _, _, infos = envs.step(act(obs))
             for i in playing:
                 paths[i].append(true_next_obs(obs, infos)[i])
-            for i, episodic_return, _, success in finished_episodes(infos):
-                episodes[i].append((episodic_return, success))
+            for i, episode in finished_episodes(infos):
+                episodes[i].append(episode)
     envs.close()
-    table = np.array([episode[:args.eval_episodes] for episode in episodes])   # (T, episodes, 2)
-    return {"returns": table[..., 0], "successes": table[..., 1], "paths": [np.array(p) for p in paths], "frames": film}
+    table = {key: np.array([[episode[key] for episode in row[:args.eval_episodes]] for row in episodes])
+             for key in episodes[0][0]}                                # (T, episodes) each
+    return table | {"returns": table["episodic_return"], "successes": table["success"],
+                    "paths": [np.array(path) for path in paths], "frames": film}
 
 
 def train(args: Args) -> Path | None:
@@ -679,9 +841,8 @@ def train(args: Args) -> Path | None:
         # Step every task once, log what ended, store --------------------------------------------------------
         next_obs, rewards, terminations, truncations, infos = envs.step(actions)
         previous_step, global_step = global_step, global_step + num_tasks
-        for task, episodic_return, length, success in finished_episodes(infos):
-            run.add(f"tasks/{names[task]}", dict(episodic_return=episodic_return, episodic_length=length,
-                                                 success=success))
+        for task, episode in finished_episodes(infos):
+            run.add(f"tasks/{names[task]}", episode)
         buffer.add(obs, actions, rewards, true_next_obs(next_obs, infos), terminations)
         obs = next_obs
 
@@ -705,6 +866,8 @@ def train(args: Args) -> Path | None:
             evaluation = evaluate(args, task_ids, greedy)
             own = recent.diagonal() / recent.sum(1)
             columns = {f"{name}/own_share": share.item() for name, share in zip(names, own)}
+            if "stages" in evaluation:
+                columns |= {f"{name}/stages": stages.mean() for name, stages in zip(names, evaluation["stages"])}
             if args.eval_mixture:
                 helped = evaluate(args, task_ids, mixture)
                 columns |= {"mixture/return": helped["returns"].mean(), "mixture/success": helped["successes"].mean()}
@@ -725,7 +888,10 @@ def train(args: Args) -> Path | None:
         plot_mixture(run.dir / "mixture.png", counts, names)
         np.savetxt(run.dir / "mixture.csv", counts.numpy() / counts.sum(1, keepdim=True).numpy(), "%.6f", ",",
                    header=",".join(names))
-        plot_paths(run.dir / "paths.png", task_ids, names, evaluation["paths"])
+        if args.env == "maze":
+            plot_paths(run.dir / "paths.png", task_ids, names, evaluation["paths"])
+        else:
+            plot_stages(run.dir, names)
         if args.capture_video:
             save_animation(run.dir / "tasks.gif", names, evaluation["frames"])
         print_table(names, evaluation)
@@ -758,6 +924,18 @@ def plot_mixture(path: Path, counts: Tensor, names: list[str]) -> None:
     left.set_yticks(range(len(names)), names)
     left.set(xlabel="policy that acted", ylabel="task that was acted in")
     figure.savefig(path, dpi=120)
+
+
+def plot_stages(folder: Path, names: list[str]) -> None:
+    """stages.png from metrics.csv: how many of the three stages of each task its evaluated policy completes."""
+    table = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True, deletechars="", ndmin=1)
+    figure = Figure(figsize=(2.6 * len(names), 2.8), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names):
+        axis.fill_between(table["global_step"], table[f"{name}/stages"], alpha=0.4)
+        axis.plot(table["global_step"], table[f"{name}/stages"])
+        axis.set(title=name, xlabel="environment steps", ylim=(0, 3.05))
+    figure.supylabel("stages completed")
+    figure.savefig(folder / "stages.png", dpi=120)
 
 
 def plot_paths(path: Path, task_ids: list[int], names: list[str], paths: list[np.ndarray]) -> None:

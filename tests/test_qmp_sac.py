@@ -5,6 +5,7 @@ from collections import deque
 from typing import get_args, get_type_hints
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 import pytest
 import torch
@@ -19,11 +20,11 @@ SMALL = dict(tasks=(0, 4, 8), total_timesteps=1_800, train_every=100, learning_s
              hidden_size=16, batch_size=24, eval_every=900, eval_episodes=1, checkpoint_every=900)
 
 
-def learners_and_batch(method="separated", num_tasks=3, **settings):
-    """Small learners after a seed, with one random batch of 30 transitions per task."""
+def learners_and_batch(method="separated", num_tasks=3, obs_size=4, action_size=2, **settings):
+    """Small learners after a seed, with one random batch of 30 transitions per task (of the maze's sizes)."""
     args = qmp.Args(**SMALL | dict(method=method, tasks=tuple(range(num_tasks))) | settings)
     torch.manual_seed(0)
-    learners = qmp.Learners(args, num_tasks, 4, 2)
+    learners = qmp.Learners(args, num_tasks, obs_size, action_size)
     batch = [torch.randn(num_tasks, 30, 4), torch.rand(num_tasks, 30, 2) * 2 - 1, torch.randn(num_tasks, 30),
              torch.randn(num_tasks, 30, 4), (torch.rand(num_tasks, 30) < 0.3).float()]
     return args, learners, learners.make_optimizers(1e-2), batch
@@ -378,8 +379,90 @@ def test_time_limits_bootstrap_and_store_the_last_observation(monkeypatch):
         assert np.array_equal(led_to, obs) == (t < 7)
     start = [task[0] for task in qmp.MAZE_TASKS[:2]]
     assert np.abs(obs[:, :2] - start).max() <= 0.1 < np.abs(led_to[:, :2] - start).max()
-    ended = [(task, length, success) for task, _, length, success in qmp.finished_episodes(infos)]
+    ended = [(task, episode["episodic_length"], episode["success"]) for task, episode in qmp.finished_episodes(infos)]
     assert ended == [(0, 7, 0), (1, 7, 0)]
+
+
+# --- the reacher ---------------------------------------------------------------------------------------------------
+def reach(env, goals, steps=200):
+    """Operational-space PD control of the hand through `goals`: steps taken, or stages done if time runs out."""
+    jacobian, gears, hand = np.zeros((3, 6)), env.model.actuator_gear[:, 0], env.model.body("hand").id
+    for taken in range(1, steps + 1):
+        mujoco.mj_jacBody(env.model, env.data, jacobian, None, hand)
+        goal = goals[min(env.stage, len(goals) - 1)]
+        force = 150 * (goal - env.data.xpos[hand]) - 20 * jacobian @ env.data.qvel
+        _, _, terminated, _, _ = env.step((jacobian.T @ force + env.data.qfrc_bias) / gears)
+        if terminated:
+            return taken
+    return None
+
+
+def test_reacher_start_and_sizes():
+    env = qmp.ReacherEnv(0, "strong", "code")
+    obs, _ = env.reset(seed=0)
+    assert env.data.body("hand").xpos == pytest.approx([0.410, 0.119, 0.239], abs=0.02)
+    assert obs.shape == (15,) and obs[12:].tolist() == [1, 0, 0] and obs[4] == pytest.approx(-2.8, abs=0.011)
+    assert env.model.body_mass[2:] == pytest.approx([0.613151, 1.85031, 0.70372, 0.227408, 0.227408, 0.58074])
+    assert env.model.actuator_gear[:, 0].tolist() == [5, 20, 10, 10, 10, 10]
+    assert qmp.reacher_model("official").actuator_gear[:, 0].tolist() == [5, 10, 10, 10, 10, 10]
+    check_env(env, skip_render_check=True)
+
+
+@pytest.mark.parametrize("task, steps", [(0, 44), (1, 52), (2, 48), (3, 37)])
+def test_a_controller_touches_the_reachers_goals_in_about_the_known_number_of_steps(task, steps):
+    goals = qmp.REACHER_GOALS[list(qmp.REACHER_TASKS[task])]
+    env = qmp.ReacherEnv(task, "strong", "code")
+    env.reset(seed=0)
+    assert reach(env, goals) == pytest.approx(steps, rel=0.25)
+    env = qmp.ReacherEnv(task, "official", "code")
+    env.reset(seed=0)
+    assert reach(env, goals) is None and env.stage <= 2                        # its shoulder is too weak
+
+
+def test_the_strong_reacher_can_hold_still_and_the_official_one_cannot():
+    for variant, ends in (("strong", True), ("official", False)):
+        env = qmp.ReacherEnv(4, variant, "code")
+        env.reset(seed=0)
+        taken = reach(env, [env.hold_still])
+        assert (taken is not None and taken < 110) == ends and env.held == (90 if ends else pytest.approx(2, abs=3))
+
+
+@pytest.mark.parametrize("task, kind, expected", [
+    (0, "code", -0.03 - 0.8), (1, "code", -0.03 + 200 - 2), (3, "code", -0.8), (4, "code", -0.03),
+    (0, "paper", -0.03 + 1), (3, "paper", 1.0), (4, "paper", -0.03)])
+def test_reacher_rewards_by_hand(task, kind, expected):
+    env = qmp.ReacherEnv(task, "strong", kind)
+    env.reset(seed=0)
+    env.stage, env.data.qvel[:], env.data.qacc[:] = 1, 0, 0                    # a goal has just been touched at 3 cm
+    assert env._reward(np.zeros(6), 0.03, True) == pytest.approx(expected)
+    env.data.qvel[:], env.data.qacc[:] = [6, -6, 0, 0, 0, 0], [0, 0, 60, 0, 0, 0]
+    effort = 0.01 * 1.5 + (0.001 * 2 + 1e-5 * 10 if kind == "code" else 0)
+    assert env._reward(np.array([1, 0.5, -0.5, 0, 0, 0]), 0.03, True) == pytest.approx(expected - effort)
+
+
+def test_reacher_stages_and_termination(monkeypatch):
+    env, scout = qmp.ReacherEnv(2, "strong", "code"), qmp.ReacherEnv(4, "strong", "code")
+    for each in (env, scout):
+        each.reset(seed=0)
+    seen = []
+    for goal in (3, 1, 3, 2):                                                # the order is 1, 3, 2: the first is early
+        scout.step(np.zeros(6))
+        goals = np.full((4, 3), 9.0)
+        goals[goal] = scout.data.body("hand").xpos                             # where the hand is about to be
+        monkeypatch.setattr(qmp, "REACHER_GOALS", goals)
+        obs, _, terminated, truncated, info = env.step(np.zeros(6))
+        seen.append((info["stages"], obs[12:].tolist(), terminated, truncated, bool(info["success"])))
+    assert seen == [(0, [1, 0, 0], False, False, False), (1, [0, 1, 0], False, False, False),
+                    (2, [0, 0, 1], False, False, False), (3, [0, 0, 0], True, False, True)]
+
+
+def test_domain_mixture_follows_the_table_of_shared_stretches():
+    args, learners, _, _ = learners_and_batch("qmp-domain", env="reacher", tasks=(0, 1, 4), num_tasks=3, obs_size=15,
+                                              action_size=6)
+    torch.manual_seed(0)
+    draws = torch.stack([qmp.behave(args, learners, torch.zeros(3, 15), False)[1] for _ in range(3_000)])
+    share = torch.stack([(draws == policy).double().mean(0) for policy in range(3)], 1)
+    assert share.numpy() == pytest.approx(np.array([[0.6, 0.4, 0], [0.4, 0.6, 0], [0, 0, 1]]), abs=0.04)
 
 
 # --- whole runs ----------------------------------------------------------------------------------------------------
@@ -417,11 +500,12 @@ def test_every_method_runs_and_updates(method, tmp_path, monkeypatch):
     calls, distillations, update, distill = [], [], qmp.update, qmp.distill
     monkeypatch.setattr(qmp, "update", lambda *a: calls.append(a[3][0]) or update(*a))
     monkeypatch.setattr(qmp, "distill", lambda *a: distillations.append(a) or distill(*a))
-    args = qmp.Args(**SMALL | dict(method=method, runs_dir=tmp_path, distill_steps=5, mixture_warmup=1))
+    env = dict(env="reacher", tasks=(0, 1, 3)) if method == "qmp-domain" else {}
+    args = qmp.Args(**SMALL | dict(method=method, runs_dir=tmp_path, distill_steps=5, mixture_warmup=1) | env)
     folder = qmp.train(args)
     checkpoint = qmp.load_checkpoint(folder)
     torch.manual_seed(args.seed)
-    untrained = qmp.Learners(args, 3, 4, 2).state_dict()
+    untrained = qmp.Learners(args, 3, *((15, 6) if env else (4, 2))).state_dict()
     for name in ("actor.net.weights.1", "qf1.net.weights.1", "qf2_target.net.weights.1", "log_alpha"):
         assert not torch.equal(untrained[name], checkpoint["learners"][name]), name
     counts = checkpoint["counts"]
@@ -430,10 +514,10 @@ def test_every_method_runs_and_updates(method, tmp_path, monkeypatch):
     assert np.allclose(share.sum(1), 1, atol=1e-5)
     assert np.array_equal(share, np.eye(3)) == ("qmp" not in method)
     assert len(calls) == (3 * 4 * 3 if method in qmp.TIED_LAYERS else 3 * 4)   # rounds 300, ..., 600 of 100 steps
-    assert {tuple(obs.shape) for obs in calls} == {(3, 8 if method in qmp.TIED_LAYERS else 24, 4)}
+    assert {tuple(obs.shape[:2]) for obs in calls} == {(3, 8 if method in qmp.TIED_LAYERS else 24)}
     assert len(distillations) == (9 if method == "dnc" else 0)                 # the tenth falls due at the end
     assert {path.name for path in folder.iterdir()} >= {"args.json", "metrics.csv", "checkpoint.pt", "curves.png",
-                                                        "mixture.png", "paths.png"}
+                                                        "mixture.png", "stages.png" if env else "paths.png"}
 
 
 def test_stored_action_is_the_executed_one(monkeypatch, tmp_path):
@@ -522,6 +606,17 @@ def test_tensorboard_has_each_evaluation_at_its_own_step(tmp_path):
     assert [event.step for event in events.Scalars("eval/mean_return")] == [450, 900, 1350, 1800]
     assert [event.value for event in events.Scalars("eval/mean_return")] == pytest.approx(
         [float(row[1]) for row in csv_without_seconds(folder)[1:]], rel=1e-5)
+
+
+def test_the_reacher_resumes_in_the_middle_of_an_episode(tmp_path):
+    settings = SMALL | dict(env="reacher", tasks=(0, 4), total_timesteps=1_800, checkpoint_every=10**6)
+    straight = qmp.train(qmp.Args(**settings, runs_dir=tmp_path / "straight"))
+    folder = qmp.train(qmp.Args(**settings | dict(total_timesteps=900), runs_dir=tmp_path / "parts"))
+    qmp.train(qmp.read_args(qmp.Args, ["--resume", str(folder), "--total-timesteps", "1800"]))
+    assert csv_without_seconds(folder) == csv_without_seconds(straight)
+    states = [qmp.load_checkpoint(run) for run in (straight, folder)]
+    assert torch.equal(states[0]["buffer"], states[1]["buffer"])
+    assert "task4/stages" in csv_without_seconds(folder)[0]
 
 
 def test_a_run_whose_last_step_overshoots_can_be_resumed(tmp_path):
