@@ -24,7 +24,7 @@ Differences from the paper, each explained in docs/qmp_sac.md:
    actions with Q1 alone and executes a fresh sample (--switch-action mean --switch-q q1).
 4. The shared baselines draw the same number of transitions of each task for a batch, and keep 1e6 of each.
 5. 1M environment steps by default instead of 12M (--total-timesteps 12_000_000).
-6. The reacher's shoulder motor is twice as strong, since the official one cannot hold the arm (--reacher-model official);
+6. The reacher's shoulder motor is twice as strong, as the official one cannot hold the arm (--reacher-model official);
    success there means all three stages.
 
     python qmp_sac.py                                     # the ten-task maze, QMP
