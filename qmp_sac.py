@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "torch==2.13.0", "numpy==2.4.6", "gymnasium[box2d,mujoco]==1.4.0", "mujoco==3.3.0", "tyro==1.0.17",
-#   "tensorboard==2.21.0", "tqdm==4.70.1", "matplotlib==3.11.2", "pillow==13.0.0",
+#   "tensorboard==2.21.0", "tqdm==4.70.1", "matplotlib==3.11.2", "pillow==13.0.0", "metaworld==3.1.1",
 # ]
 # ///
 """Q-switch Mixture of Policies (QMP) on Soft Actor-Critic: tasks share behaviour, and nothing else.
@@ -23,13 +23,14 @@ Differences from the paper, each explained in docs/qmp_sac.md:
 3. The Q-switch scores the sampled actions with min(Q1, Q2), as the paper's text has it; the authors' code scores mean
    actions with Q1 alone and executes a fresh sample (--switch-action mean --switch-q q1).
 4. The shared baselines draw the same number of transitions of each task for a batch, and keep 1e6 of each.
-5. 1M environment steps by default instead of 12M (--total-timesteps 12_000_000).
+5. 1M environment steps by default instead of 12M in the maze (--total-timesteps 12_000_000).
 6. The reacher's shoulder motor is twice as strong, as the official one cannot hold the arm (--reacher-model official);
    success there means all three stages.
 
     python qmp_sac.py                                     # the ten-task maze, QMP
     python qmp_sac.py --method separated --seed 2         # ten independent learners
     python qmp_sac.py --env reacher --total-timesteps 500_000
+    python qmp_sac.py --env metaworld --capture-video     # a door and a drawer on one table
 """
 from __future__ import annotations
 
@@ -72,6 +73,8 @@ PRESETS = {  # the paper's Table 1 and appendix; a setting left at None takes it
                  kl_weight=0.0, mixture_warmup=0),
     "reacher": dict(learning_starts=10_000, train_every=200, gradient_steps=200, batch_size=32, lr=3e-4,
                     hidden_size=256, kl_weight=0.0, mixture_warmup=0),      # authors' code; see --reacher-preset
+    "metaworld": dict(learning_starts=10_000, train_every=500, gradient_steps=50, batch_size=256, lr=1.5e-3,
+                      hidden_size=256, kl_weight=0.0, mixture_warmup=0),
 }
 REACHER_PAPER = dict(train_every=1_000, gradient_steps=100)
 METHOD_PRESETS = {  # width 834 gives shared networks about as many parameters as ten networks of width 256 have
@@ -81,13 +84,17 @@ METHOD_PRESETS = {  # width 834 gives shared networks about as many parameters a
     ("reacher", "shared"): dict(hidden_size=600), ("reacher", "shared-multihead"): dict(hidden_size=512, lr=1e-3),
     ("reacher", "qmp-multihead"): dict(hidden_size=512, lr=1e-3),
     ("reacher", "dnc"): dict(kl_weight=1e-3), ("reacher", "dnc-reg"): dict(kl_weight=1e-3),
+    ("metaworld", "shared"): dict(hidden_size=512, lr=1e-3),
+    ("metaworld", "shared-multihead"): dict(hidden_size=512, lr=1e-3),          # the paper reports none: as `shared`
+    ("metaworld", "qmp-multihead"): dict(hidden_size=512, lr=1e-3),
+    ("metaworld", "dnc"): dict(kl_weight=1e-3), ("metaworld", "dnc-reg"): dict(kl_weight=1e-3),
 }
 TIED_LAYERS = {"shared": 3, "shared-multihead": 2, "qmp-multihead": 2}      # of 3; other methods share no layer
 
 
 @dataclass
 class Args:
-    env: Literal["maze", "reacher"] = "maze"
+    env: Literal["maze", "reacher", "metaworld"] = "maze"
     """task family; each task of the family is one sub-environment"""
     method: Literal["qmp", "separated", "shared", "qmp-uniform", "qmp-domain", "shared-multihead", "qmp-multihead",
                     "dnc", "dnc-reg"] = "qmp"
@@ -128,6 +135,8 @@ class Args:
     """action that the Q-switch scores: each policy's sample, which is executed (paper), or its mean (authors' code)"""
     switch_q: Literal["min", "q1"] = "min"
     """critic that scores: the smaller of the twins, or the first alone (authors' code)"""
+    switch_entropy: bool = False
+    """add each policy's entropy to its score, as the later version of the paper does: Q_i(s, a_j) - alpha_i log pi_j"""
     mixture_warmup: int | None = None
     """rounds after the first fill with the own policy, before the mixture acts; None: 100 for qmp-multihead, else 0"""
     learning_starts: int | None = None
@@ -141,7 +150,7 @@ class Args:
     buffer_size: int = 1_000_000
     """replay capacity per task, transitions"""
     hidden_size: int | None = None
-    """width of the two hidden layers; None: 256, or 834 for networks that all tasks share"""
+    """width of the two hidden layers; None: 256, or more for networks that all tasks share (834 in the maze)"""
     activation: Literal["relu", "tanh"] = "relu"
     """hidden units: relu (authors' code) or tanh (paper)"""
     lr: float | None = None
@@ -151,7 +160,7 @@ class Args:
     tau: float = 0.005
     """Polyak coefficient: the share of the online critics that enters the targets at each update"""
     kl_weight: float | None = None
-    """weight of the KL to every other task's policy, paper: beta; None: 1e-3 for dnc, 1e-4 for dnc-reg"""
+    """weight of the KL to every other task's policy, paper: beta; None: 1e-3, or 1e-4 for dnc-reg in the maze"""
     distill_every: int | None = None
     """environment steps between two distillations (dnc); None: a tenth of the run as it was started"""
     distill_steps: int = 500
@@ -199,8 +208,9 @@ MAZE = ("############", "#....#.....#", "#.##.#.#.#.#", "#......#...#", "#.####.
         "##.#.#.#.###", "#..#...#...#", "############")    # D4RL's large maze; row = x axis, column = y axis
 MAZE_TASKS = [((1, 3), (5, 8)), ((1, 10), (2, 4)), ((4, 1), (1, 7)), ((7, 4), (4, 10)), ((1, 3), (7, 4)),
               ((1, 7), (7, 10)), ((5, 4), (7, 9)), ((7, 1), (2, 6)), ((1, 2), (3, 10)), ((7, 2), (6, 8))]  # start, goal
-TASKS = {"maze": [f"task{i}" for i in range(10)], "reacher": [f"task{i}" for i in range(5)]}
-HORIZON = {"maze": 600, "reacher": 200}
+TASKS = {"maze": [f"task{i}" for i in range(10)], "reacher": [f"task{i}" for i in range(5)],
+         "metaworld": ["door-open", "door-close", "drawer-open", "drawer-close"]}
+HORIZON = {"maze": 600, "reacher": 200, "metaworld": 500}
 
 
 @cache
@@ -415,12 +425,102 @@ class ReacherEnv(SavableEnv):
         return np.asarray(picture)
 
 
+@cache
+def door_drawer_model() -> mujoco.MjModel:
+    """Meta-World's Sawyer arm at a table with both its drawer and its door; the drawer comes first, as its tasks ask."""
+    from metaworld.asset_path_utils import full_V3_path_for
+    assets = Path(full_V3_path_for("sawyer_xyz/sawyer_drawer.xml")).parent.parent
+    part = f'<include file="{assets}/objects/assets/'
+    fingers = "".join(f'<position joint="{joint}" kp="400" ctrllimited="true" ctrlrange="-1 1" user="1"/>'
+                      for joint in ("r_close", "l_close"))
+    return mujoco.MjModel.from_xml_string(f"""
+    <mujoco>
+      <compiler meshdir="{assets}/sawyer_xyz" texturedir="{assets}/sawyer_xyz"/>
+      <include file="{assets}/scene/basic_scene.xml"/>
+      {part}drawer_dependencies.xml"/>{part}doorlock_dependencies.xml"/>{part}xyz_base_dependencies.xml"/>
+      <worldbody>
+        {part}xyz_base.xml"/>
+        <body name="drawer" pos=".4 .9 0">{part}drawer.xml"/></body>
+        <body name="door" pos="-.1 .9 .15">{part}doorlockB.xml"/></body>
+        <site name="goal" size=".02" rgba="0 .8 0 1"/>
+      </worldbody>
+      <actuator>{fingers}</actuator>
+      <equality><weld body1="mocap" body2="hand" solref=".02 1"/></equality>
+    </mujoco>""")
+
+
+class DoorDrawerEnv(gym.Env):
+    """One of four tasks at a table with a door and a drawer: open or close one of them, whatever the other is doing.
+
+    A Meta-World v3 task, with its reset, control and reward, put into the scene with both objects. The one that is to
+    be moved starts anywhere in a range of 10 cm, the other in its place, closed. Success is kept for the episode.
+    Observation (21,): hand [m], finger gap [0, 1], position and rotation of the drawer's and of the door's handle, goal.
+    Action (4,): displacement of the hand / 1 cm, and the closing of the fingers. The simulator's state cannot be saved.
+    """
+    metadata = {"render_modes": ["rgb_array"]}
+    render_mode = "rgb_array"
+
+    def __init__(self, task: int):
+        from metaworld import envs
+        stock = (envs.SawyerDoorEnvV3, envs.SawyerDoorCloseEnvV3, envs.SawyerDrawerOpenEnvV3,
+                 envs.SawyerDrawerCloseEnvV3)[task]
+
+        class InOurScene(stock):
+            """The stock task with the model of the table in place of its own."""
+
+            def _initialize_simulation(self):
+                model = copy.copy(door_drawer_model())                # a copy, as each episode moves an object in it
+                return model, mujoco.MjData(model)
+
+        self.stock, self.is_door = InOurScene(), task < 2
+        low, high = ((-0.1, 0.85, 0.15), (0.0, 0.95, 0.15)) if self.is_door else ((0.3, 0.9, 0.0), (0.4, 0.9, 0.0))
+        self.stock._random_reset_space = gym.spaces.Box(np.array(low), np.array(high), dtype=np.float64)
+        self.stock._freeze_rand_vec, self.stock.seeded_rand_vec, self.stock._set_task_called = False, True, True
+        self.stock.hand_init_pos = np.array([-0.6 if task == 1 else 0.0, 0.6, 0.2])
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (21,), np.float32)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (4,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.stock.np_random, self.success = self.np_random, False    # Meta-World's own reset ignores the seed
+        mujoco.mj_resetData(self.stock.model, self.stock.data)        # closes both
+        self.stock.reset_model()
+        mujoco.mj_forward(self.stock.model, self.stock.data)          # or the drawer is seen where it was before
+        return self._obs(), {"success": False}
+
+    def step(self, action):
+        action = np.clip(action, -1.0, 1.0)
+        self.stock.set_xyz_action(action[:3])
+        self.stock.do_simulation([action[3], -action[3]], self.stock.frame_skip)
+        mujoco.mj_forward(self.stock.model, self.stock.data)
+        obs = self._obs()
+        seen = obs.astype(np.float64)
+        if self.is_door:                                              # where the stock reward looks for its object
+            seen[4:11] = seen[11:18]
+        reward, info = self.stock.evaluate_state(seen, action)
+        self.success |= bool(info["success"])
+        return obs, float(reward), False, False, {"success": self.success}
+
+    def _obs(self) -> np.ndarray:
+        data, door_quat = self.stock.data, np.empty(4)
+        gap = np.linalg.norm(data.body("rightclaw").xpos - data.body("leftclaw").xpos) / 0.1
+        drawer, handle = data.body("drawer_link"), data.geom("handle")
+        mujoco.mju_mat2Quat(door_quat, handle.xmat)
+        return np.concatenate([data.body("hand").xpos, [min(gap, 1.0)], drawer.xpos + (0.0, -0.16, 0.0), drawer.xquat,
+                               handle.xpos, np.roll(door_quat, -1), self.stock._target_pos]).astype(np.float32)
+
+    def render(self) -> np.ndarray:
+        return ray_cast(self.stock.model, self.stock.data, (0.1, 0.75, 0.12), 1.4, 105, -38)
+
+
 def make_env(args: Args, task: int) -> gym.Env:
     """Task `task` of the family, with its time limit as truncation and with the statistics of its episodes."""
     if args.env == "maze":
         env = MazeEnv(*MAZE_TASKS[task])
-    else:
+    elif args.env == "reacher":
         env = ReacherEnv(task, args.reacher_model, args.reacher_reward)
+    else:
+        env = DoorDrawerEnv(task)
     env = gym.wrappers.TimeLimit(env, HORIZON[args.env])
     return gym.wrappers.RecordEpisodeStatistics(env)
 
@@ -572,24 +672,27 @@ def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor
     return actions, (gaussian - torch.log(1 - actions.square() + 1e-6)).sum(-1)
 
 
-def propose_actions(actor: Actor, obs: Tensor) -> tuple[Tensor, Tensor]:
+def propose_actions(actor: Actor, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Every policy's sample and mean action in every task's state, (T states, T policies, A) each.
+
+    The third output is the samples' log-probability under their own policy, (T states, T policies).
 
     Args:
         obs: one observation per task, (T, O).
     """
     mean, log_std = actor(obs.expand(len(obs), *obs.shape))            # (T policies, T states, A)
-    actions, _ = squash(mean, log_std, torch.randn_like(mean))
-    return actions.transpose(0, 1), mean.tanh().transpose(0, 1)
+    actions, log_prob = squash(mean, log_std, torch.randn_like(mean))
+    return actions.transpose(0, 1), mean.tanh().transpose(0, 1), log_prob.transpose(0, 1)
 
 
-def q_switch(obs: Tensor, proposals: Tensor, qf1: Critic, qf2: Critic | None) -> Tensor:
+def q_switch(obs: Tensor, proposals: Tensor, qf1: Critic, qf2: Critic | None, bonus: Tensor | float = 0.0) -> Tensor:
     """Index of the proposal that each task's own critic likes best (Sec. 4, Q-switch); ties go to the lowest index.
 
     Args:
         obs: one observation per task, (T, O).
         proposals: candidate actions, row i for task i, (T, J, A).
         qf2: twin whose smaller value counts; None scores with `qf1` alone.
+        bonus: what is added to the scores, (T, J).
     Returns:
         (T,) int64 in [0, J).
     """
@@ -597,7 +700,7 @@ def q_switch(obs: Tensor, proposals: Tensor, qf1: Critic, qf2: Critic | None) ->
     scores = qf1(obs, proposals)                                       # (T, J): Q_i(s_i, a_j)
     if qf2 is not None:
         scores = torch.min(scores, qf2(obs, proposals))
-    return scores.argmax(dim=1)
+    return (scores + bonus).argmax(dim=1)
 
 
 @torch.no_grad()
@@ -607,7 +710,7 @@ def behave(args: Args, learners: Learners, obs: Tensor, own_policy: bool) -> tup
     if own_policy or not args.method.startswith("qmp"):
         mean, log_std = learners.actor(obs[:, None])                   # (T, 1, A)
         return squash(mean, log_std, torch.randn_like(mean))[0].squeeze(1), tasks
-    samples, means = propose_actions(learners.actor, obs)
+    samples, means, log_prob = propose_actions(learners.actor, obs)
     if args.method == "qmp-uniform":
         chosen = torch.randint(len(obs), (len(obs),), device=obs.device)
     elif args.method == "qmp-domain":                                  # by hand: how many stretches two tasks share
@@ -615,7 +718,8 @@ def behave(args: Args, learners: Learners, obs: Tensor, own_policy: bool) -> tup
         chosen = torch.multinomial(rows.to(obs.device), 1).squeeze(1)
     else:
         scored = samples if args.switch_action == "sample" else means
-        chosen = q_switch(obs, scored, learners.qf1, learners.qf2 if args.switch_q == "min" else None)
+        entropy = -learners.log_alpha.exp()[:, None] * log_prob if args.switch_entropy else 0.0
+        chosen = q_switch(obs, scored, learners.qf1, learners.qf2 if args.switch_q == "min" else None, entropy)
     return samples[tasks, chosen], chosen
 
 
@@ -809,7 +913,7 @@ def train(args: Args) -> Path | None:
         buffer.num_added = state["num_added"]
         buffer.data[:, :len(buffer)] = state["buffer"].to(device)
         counts, recent = state["counts"], state["recent"]
-        obs = set_world(state["world"], envs, obs, rng)
+        obs = set_world(state["world"], envs, rng)
     run = Run(args, names, global_step, state["seconds"])
     losses = defaultdict(list)
     round_size, updates, batch_size = num_tasks * args.train_every, args.gradient_steps, args.batch_size
@@ -893,7 +997,7 @@ def train(args: Args) -> Path | None:
                    header=",".join(names))
         if args.env == "maze":
             plot_paths(run.dir / "paths.png", task_ids, names, evaluation["paths"])
-        else:
+        elif args.env == "reacher":
             plot_stages(run.dir, names)
         if args.capture_video:
             save_animation(run.dir / "tasks.gif", names, evaluation["frames"])
@@ -1004,8 +1108,8 @@ def get_world(envs: SyncVectorEnv, obs: np.ndarray, rng: np.random.Generator) ->
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [], "obs": torch.from_numpy(obs)}
 
 
-def set_world(world: dict, envs: SyncVectorEnv, obs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Undo `get_world`; returns the observations to act on: `obs`, of fresh episodes, if no simulator could tell."""
+def set_world(world: dict, envs: SyncVectorEnv, rng: np.random.Generator) -> np.ndarray:
+    """Undo `get_world`; returns the observations to act on, which are of fresh episodes if no simulator could tell."""
     rng.bit_generator.state = json.loads(world["numpy"])
     torch.set_rng_state(world["torch"])
     if world["cuda"] and torch.cuda.is_available():
@@ -1015,9 +1119,10 @@ def set_world(world: dict, envs: SyncVectorEnv, obs: np.ndarray, rng: np.random.
         env.unwrapped.np_random.bit_generator.state = json.loads(simulator["rng"])
         for name, value in zip(COUNTERS, simulator["counters"]):
             env.set_wrapper_attr(name, value)
-    if not world["simulators"]:
-        print("the simulator's state cannot be saved: the run goes on with fresh episodes")
-    return world["obs"].numpy() if world["simulators"] else obs
+    if world["simulators"]:
+        return world["obs"].numpy()
+    print("the simulator's state cannot be saved: the run goes on with fresh episodes")
+    return envs.reset(seed=int(rng.integers(2**31)))[0]                # not those that the run began with
 
 
 def write_whole(path: Path, write) -> None:
@@ -1064,6 +1169,31 @@ def save_animation(path: Path, names: list[str], frames: list[list[np.ndarray]])
             film[-1].paste(Image.fromarray(image), (x, y + 14))
     write_whole(path, lambda tmp: film[0].save(tmp, "GIF", save_all=True, append_images=film[1:], duration=60, loop=0))
     print(f"wrote {path}")
+
+
+def ray_cast(model: mujoco.MjModel, data: mujoco.MjData, target: tuple, distance: float, azimuth: float,
+             elevation: float, size: int = 160) -> np.ndarray:
+    """Picture (size, size, 3) of a MuJoCo scene by casting one ray per pixel: slow, but needs no screen and no OpenGL.
+
+    Args:
+        target: point in the middle of the picture [m]; the camera is `distance` away, at two angles [degrees].
+    """
+    a, e = math.radians(azimuth), math.radians(elevation)
+    forward = np.array([math.cos(e) * math.cos(a), math.cos(e) * math.sin(a), math.sin(e)])
+    right = np.array([math.sin(a), -math.cos(a), 0.0])
+    span = 0.4 * np.linspace(-1, 1, size)                              # a field of view of 44 degrees
+    rays = forward + span[None, :, None] * right - span[:, None, None] * np.cross(right, forward)
+    rays /= np.linalg.norm(rays, axis=-1, keepdims=True)
+    eye, geom, depth = np.array(target) - distance * forward, np.empty(size**2, np.int32), np.empty(size**2)
+    visible = np.array([1, 1, 1, 0, 0, 0], np.uint8)                   # groups of geoms, as MuJoCo's viewer has them
+    mujoco.mj_multiRay(model, data, eye, rays.ravel(), visible, 1, -1, geom, depth, size**2, mujoco.mjMAXVAL)
+    geom, points = geom.reshape(size, size), eye + rays * depth.reshape(size, size, 1)
+    normal = np.cross(np.gradient(points, axis=1), np.gradient(points, axis=0))
+    normal /= np.linalg.norm(normal, axis=-1, keepdims=True) + 1e-12
+    light = 0.4 + 0.6 * np.abs(normal @ (0.3, -0.5, 0.8))[..., None]
+    material = model.geom_matid[:, None]
+    colour = np.where(material >= 0, model.mat_rgba[material[:, 0]] if model.nmat else 0.0, model.geom_rgba)[:, :3]
+    return (255 * np.where(geom[..., None] >= 0, colour[geom] * light, 1.0).clip(0, 1)).astype(np.uint8)
 
 
 def plot_curves(folder: Path, names: list[str]) -> None:

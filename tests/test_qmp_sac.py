@@ -5,6 +5,7 @@ from collections import deque
 from typing import get_args, get_type_hints
 
 import gymnasium as gym
+import metaworld.policies
 import mujoco
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def test_q_switch_takes_the_smaller_twin_and_breaks_ties_downwards():
 def test_proposals_come_from_the_right_policy_in_the_right_state():
     _, learners, _, _ = learners_and_batch()
     obs = torch.randn(3, 4)
-    _, means = qmp.propose_actions(learners.actor, obs)                        # (states, policies, A)
+    _, means, _ = qmp.propose_actions(learners.actor, obs)                        # (states, policies, A)
     for state, policy in itertools.product(range(3), range(3)):
         hidden = obs[state]
         for layer in range(3):
@@ -91,13 +92,33 @@ def test_sample_mode_executes_the_scored_sample_and_mean_mode_a_sample_of_the_ch
     args, learners, _, _ = learners_and_batch("qmp")
     obs = torch.randn(3, 4)
     torch.manual_seed(5)
-    samples, means = qmp.propose_actions(learners.actor, obs)
+    samples, means, _ = qmp.propose_actions(learners.actor, obs)
     for mode, scored in (("sample", samples), ("mean", means)):
         torch.manual_seed(5)
         args.switch_action = mode
         actions, chosen = qmp.behave(args, learners, obs, own_policy=False)
         assert torch.equal(chosen, qmp.q_switch(obs, scored, learners.qf1, learners.qf2))
         assert torch.equal(actions, samples[range(3), chosen])
+
+
+def test_the_later_papers_switch_adds_the_entropy_of_each_policy():
+    proposals, value = torch.tensor([[[0.0], [1.0]]]), lambda obs, actions: actions[..., 0]        # likes 1 better by 1
+    for bonus, chosen in ((0.9, 1), (1.1, 0)):
+        assert qmp.q_switch(torch.zeros(1, 4), proposals, value, None, torch.tensor([[bonus, 0.0]])).tolist() == [chosen]
+    args, learners, _, _ = learners_and_batch("qmp", switch_entropy=True)
+    with torch.no_grad():
+        learners.actor.net.weights[-1].zero_()
+        learners.actor.net.biases[-1][:, 0, 2:] = torch.tensor([[-3.0], [-1.0], [-2.0]])          # log std: 1 is widest
+        learners.qf1.net.weights[-1].zero_(), learners.qf2.net.weights[-1].zero_()                 # no preference
+    obs, chosen = torch.randn(3, 4), []
+    for alpha in (1.0, -1.0):                              # a negative temperature must turn the preference round
+        learners.log_alpha.exp = lambda alpha=alpha: torch.full((3,), alpha)
+        chosen.append(torch.stack([qmp.behave(args, learners, obs, False)[1] for _ in range(100)]).double())
+    assert (chosen[0] == 1).double().mean() > 0.7 and (chosen[1] == 0).double().mean() > 0.7
+    samples, _, log_prob = qmp.propose_actions(learners.actor, obs)            # (states, policies, A), (states, policies)
+    expected = TransformedDistribution(Normal(torch.zeros(1), torch.tensor([-3.0, -1.0, -2.0]).exp()[:, None]),
+                                       TanhTransform()).log_prob(samples).sum(-1)
+    torch.testing.assert_close(log_prob, expected, atol=1e-4, rtol=0)
 
 
 def test_uniform_mixture_is_uniform():
@@ -465,6 +486,110 @@ def test_domain_mixture_follows_the_table_of_shared_stretches():
     assert share.numpy() == pytest.approx(np.array([[0.6, 0.4, 0], [0.4, 0.6, 0], [0, 0, 1]]), abs=0.04)
 
 
+# --- the door and the drawer ---------------------------------------------------------------------------------------
+def scripted(task, env, episodes):
+    """How many episodes Meta-World's own scripted policy of that task solves."""
+    policy = (metaworld.policies.SawyerDoorOpenV3Policy, metaworld.policies.SawyerDoorCloseV3Policy,
+              metaworld.policies.SawyerDrawerOpenV3Policy, metaworld.policies.SawyerDrawerCloseV3Policy)[task]()
+    solved = 0
+    for episode in range(episodes):
+        obs, info = env.reset(seed=0 if episode == 0 else None)
+        for _ in range(500):
+            seen = np.concatenate([obs[:18], np.zeros(18), obs[18:]], dtype=np.float64)
+            seen[4:11] = obs[11:18] if task < 2 else obs[4:11]
+            seen[6] += 0.05 * (task == 3)                                      # the script was made for another handle
+            obs, _, terminated, truncated, info = env.step(policy.get_action(seen))
+            assert not terminated and not truncated
+            if info["success"]:
+                break
+        solved += info["success"]
+    return solved
+
+
+@pytest.mark.filterwarnings("ignore:Constant")
+@pytest.mark.parametrize("task, episodes, least", [(0, 10, 3), (1, 3, 3), (2, 3, 3), (3, 3, 3)])
+def test_scripted_policies_solve_the_four_tasks(task, episodes, least):
+    assert scripted(task, qmp.DoorDrawerEnv(task), episodes) >= least
+
+
+def test_the_scene_and_its_start_positions():
+    model = qmp.door_drawer_model()
+    assert [model.joint(i).name for i in range(7, 11)] == ["r_close", "l_close", "goal_slidey", "doorjoint"]
+    assert model.nq == 11 and model.nu == 2 and model.opt.timestep * qmp.DoorDrawerEnv(0).stock.frame_skip == 0.0125
+    for task in range(4):
+        env = qmp.DoorDrawerEnv(task)
+        starts = np.array([env.reset(seed=seed)[0] for seed in range(8)])
+        angle, slide = env.stock.data.joint("doorjoint").qpos[0], env.stock.data.joint("goal_slidey").qpos[0]
+        assert (angle, slide) == (pytest.approx((0, -1.5708, 0, 0)[task], abs=1e-3),
+                                  pytest.approx((0, 0, 0, -0.15)[task], abs=1e-3))
+        drawer, door, goal = starts[:, 4:7], starts[:, 11:14], starts[:, 18:]
+        assert np.allclose(starts[:, 0], -0.588 if task == 1 else 0.005, atol=0.02)
+        assert np.allclose(drawer[:, 1:], (0.58 if task == 3 else 0.73, 0.09), atol=1e-3)
+        moved, still = (door, drawer) if task < 2 else (drawer, door)
+        assert np.ptp(moved[:, 0]) > 0.05 and np.ptp(still, 0).max() == 0
+        if task < 2:
+            place = goal - ((-0.3, -0.45, 0), (0.2, -0.2, 0))[task]            # of the door's frame
+            assert np.allclose(drawer[:, 0], 0.4) and np.ptp(place[:, 1]) > 0.05
+            assert (place >= np.float32([-0.1, 0.85, 0.15]) - 1e-6).all() and (place <= [1e-6, 0.95 + 1e-6, 0.151]).all()
+            assert np.allclose(np.ptp(door - place, 0), 0, atol=1e-5)
+        else:
+            assert np.allclose(goal - drawer * (1, 0, 1), (0, 0.54 if task == 2 else 0.74, 0), atol=1e-3)
+            assert 0.3 <= drawer[:, 0].min() and drawer[:, 0].max() <= 0.4
+
+
+def test_success_and_reward_follow_the_object_of_the_task_and_success_stays():
+    for task, joint, solved, elsewhere in ((0, "doorjoint", -1.57, "goal_slidey"), (1, "doorjoint", 0.0, "goal_slidey"),
+                                           (2, "goal_slidey", -0.19, "doorjoint"), (3, "goal_slidey", 0.0, "doorjoint")):
+        env = qmp.DoorDrawerEnv(task)
+        env.reset(seed=1)
+        other = env.stock.data.joint(elsewhere)
+        other.qpos[0] = -0.1                                                   # the other object is none of its business
+        _, reward, _, _, info = env.step(np.zeros(4))
+        assert not info["success"] and 0 <= reward < 8
+        before, env.stock.data.joint(joint).qpos[0] = env.stock.data.joint(joint).qpos[0], solved
+        mujoco.mj_forward(env.stock.model, env.stock.data)
+        _, reward, _, _, info = env.step(np.zeros(4))
+        assert info["success"] and reward > 5
+        env.stock.data.joint(joint).qpos[0] = before
+        assert env.step(np.zeros(4))[4]["success"] and not env.reset()[1]["success"]
+        assert not env.step(np.zeros(4))[4]["success"]
+
+
+def test_seeds_decide_where_things_start_and_an_episode_has_500_steps():
+    check_env(qmp.DoorDrawerEnv(2), skip_render_check=True)
+    env, twin = (qmp.make_env(qmp.Args(env="metaworld"), 2) for _ in range(2))
+    first = [env.reset(seed=3)[0], env.reset()[0]]
+    np.random.seed(0)                                                          # Meta-World's usual source of chance
+    assert np.array_equal(first, [twin.reset(seed=3)[0], twin.reset()[0]]) and not np.array_equal(*first)
+    for t in range(1, 501):
+        _, _, terminated, truncated, _ = env.step(np.zeros(4, np.float32))
+        assert not terminated and truncated == (t == 500)
+
+
+def test_metaworld_goes_on_with_fresh_episodes(tmp_path, capsys):
+    settings = SMALL | dict(env="metaworld", tasks=(0, 3), total_timesteps=600, eval_every=600, runs_dir=tmp_path)
+    folder = qmp.train(qmp.Args(**settings))
+    first = qmp.load_checkpoint(folder)["buffer"][:, 0, :21]
+    qmp.train(qmp.read_args(qmp.Args, ["--resume", str(folder), "--total-timesteps", "1200"]))
+    assert "fresh episodes" in capsys.readouterr().out
+    buffer = qmp.load_checkpoint(folder)["buffer"]
+    assert buffer.shape[1] == 600 and not torch.equal(buffer[:, 300, 4:21], first[:, 4:21])     # other start positions
+    assert [row[0] for row in csv_without_seconds(folder)[1:]] == ["600", "1200"]
+
+
+def test_ray_cast_shows_the_nearest_thing_in_its_colour():
+    model = mujoco.MjModel.from_xml_string("""<mujoco><worldbody>
+        <geom type="sphere" size=".2" rgba="1 0 0 1"/><geom type="box" size=".3 .3 .3" pos="1 0 0" rgba="0 1 0 1"/>
+        <geom type="sphere" size=".1" pos="0 .5 0" rgba="0 0 1 1"/></worldbody></mujoco>""")
+    data = mujoco.MjData(model)
+    mujoco.mj_forward(model, data)
+    image = qmp.ray_cast(model, data, (0, 0, 0), 3, 0, 0, size=61).astype(int)  # along +x: red hides green
+    assert image.shape == (61, 61, 3) and image[0, 0].tolist() == [255] * 3
+    red, blue = image[30, 30], image[30, 30 - round(30 * 0.5 / 3 / 0.4)]        # +y is to the left
+    assert red[0] > 80 and red[1:].max() == 0 and blue[2] > 80 and blue[:2].max() == 0
+    assert (image[..., 1] > image[..., 0]).any()                               # the box behind is larger
+
+
 # --- whole runs ----------------------------------------------------------------------------------------------------
 class Probe(gym.Env):
     """One step, reward -(distance to a target that differs by task)^2: SAC must find the target."""
@@ -570,12 +695,22 @@ def test_warm_up_acts_with_the_own_policy_until_its_rounds_are_over(tmp_path):
 @pytest.mark.parametrize("method, expected", [
     ("qmp", (3_000, 600, 100, 256, 3e-4, 256, 0.0, 0)), ("shared", (3_000, 600, 100, 256, 3e-4, 834, 0.0, 0)),
     ("qmp-multihead", (3_000, 600, 100, 256, 3e-4, 834, 0.0, 100)), ("dnc", (3_000, 600, 100, 256, 3e-4, 256, 1e-3, 0)),
-    ("dnc-reg", (3_000, 600, 100, 256, 3e-4, 256, 1e-4, 0))])
+    ("dnc-reg", (3_000, 600, 100, 256, 3e-4, 256, 1e-4, 0)),
+    ("reacher separated", (10_000, 200, 200, 32, 3e-4, 256, 0, 0)),
+    ("reacher shared", (10_000, 200, 200, 32, 3e-4, 600, 0, 0)),
+    ("reacher qmp-multihead", (10_000, 200, 200, 32, 1e-3, 512, 0, 0)),
+    ("reacher dnc", (10_000, 200, 200, 32, 3e-4, 256, 1e-3, 0)),
+    ("metaworld qmp", (10_000, 500, 50, 256, 1.5e-3, 256, 0, 0)),
+    ("metaworld shared", (10_000, 500, 50, 256, 1e-3, 512, 0, 0)),
+    ("metaworld dnc-reg", (10_000, 500, 50, 256, 1.5e-3, 256, 1e-3, 0))])
 def test_the_papers_settings_are_the_defaults(method, expected):
-    args = qmp.Args(method=method)
+    env, method = method.split() if " " in method else ("maze", method)
+    args = qmp.Args(env=env, method=method)
     assert (args.learning_starts, args.train_every, args.gradient_steps, args.batch_size, args.lr, args.hidden_size,
             args.kl_weight, args.mixture_warmup) == expected
     assert (args.gamma, args.tau, args.buffer_size, args.eval_episodes) == (0.99, 0.005, 1_000_000, 10)
+    paper = qmp.Args(env="reacher", reacher_preset="paper")
+    assert (paper.train_every, paper.gradient_steps, paper.batch_size) == (1_000, 100, 32)
     assert qmp.Args(method="qmp", lr=1.0).lr == 1.0                            # what is given stays
 
 
