@@ -427,7 +427,7 @@ class ReacherEnv(SavableEnv):
 
 @cache
 def door_drawer_model() -> mujoco.MjModel:
-    """Meta-World's Sawyer arm at a table with both its drawer and its door; the drawer comes first, as its tasks ask."""
+    """Meta-World's Sawyer arm at a table with its drawer and its door; the drawer comes first, as its tasks ask."""
     from metaworld.asset_path_utils import full_V3_path_for
     assets = Path(full_V3_path_for("sawyer_xyz/sawyer_drawer.xml")).parent.parent
     part = f'<include file="{assets}/objects/assets/'
@@ -454,7 +454,7 @@ class DoorDrawerEnv(gym.Env):
 
     A Meta-World v3 task, with its reset, control and reward, put into the scene with both objects. The one that is to
     be moved starts anywhere in a range of 10 cm, the other in its place, closed. Success is kept for the episode.
-    Observation (21,): hand [m], finger gap [0, 1], position and rotation of the drawer's and of the door's handle, goal.
+    Observation (21,): hand [m], finger gap [0, 1], position and rotation of the drawer's and the door's handle, goal.
     Action (4,): displacement of the hand / 1 cm, and the closing of the fingers. The simulator's state cannot be saved.
     """
     metadata = {"render_modes": ["rgb_array"]}

@@ -90,7 +90,7 @@ class SingleSAC:
         self.actor_optimizer.zero_grad()
         actor_loss.backward()
         self.actor_optimizer.step()
-        alpha_loss = -(self.log_alpha * (log_prob.detach() - 2).mean()).sum()
+        alpha_loss = -(self.log_alpha * (log_prob.detach() - pi.shape[1]).mean()).sum()
         self.alpha_optimizer.zero_grad()
         alpha_loss.backward()
         self.alpha_optimizer.step()
@@ -101,9 +101,20 @@ class SingleSAC:
 
 
 def qmp_sac() -> None:
+    for env, steps in (("maze", 90_000), ("reacher", 60_000), ("metaworld", 60_000)):
+        qmp_sac_on(env, steps)
+    whole_run("qmp_sac", ["--total-timesteps", "1000000", "--learning-starts", "100000", "--eval-every", "1000000",
+                          "--eval-episodes", "1", "--method", "separated"],
+              "maze, replay of 1M steps filled, no updates")
+
+
+def qmp_sac_on(env: str, steps: int) -> None:
+    """One task family: the update against a loop, the parts of a lock-step, whole runs of `steps` steps."""
     import qmp_sac as qmp
-    args, rng = qmp.Args(), np.random.default_rng(0)
-    num_tasks, obs_size, action_size = 10, 4, 2
+    args, rng = qmp.Args(env=env), np.random.default_rng(0)
+    envs = qmp.make_envs(args, list(range(len(qmp.TASKS[env]))))
+    obs, _ = envs.reset(seed=0)
+    (num_tasks, obs_size), action_size = obs.shape, envs.single_action_space.shape[0]
     learners = qmp.Learners(args, num_tasks, obs_size, action_size)
     optimizers = learners.make_optimizers(args.lr)
     buffer = qmp.ReplayBuffer(num_tasks, 100_000, obs_size, action_size, torch.device("cpu"))
@@ -117,8 +128,8 @@ def qmp_sac() -> None:
     def loop():
         for task, single in enumerate(singles):
             index = torch.from_numpy(rng.integers(100_000, size=args.batch_size))
-            obs, actions, rewards, next_obs, terminations = buffer.data[task, index].split(buffer.widths, -1)
-            single.update(obs, actions, rewards[:, 0], next_obs, terminations[:, 0])
+            fields = buffer.data[task, index].split(buffer.widths, -1)
+            single.update(*fields[:2], fields[2][:, 0], fields[3], fields[4][:, 0])
 
     with FlopCounterMode(display=False) as counter:
         ensemble()
@@ -126,29 +137,25 @@ def qmp_sac() -> None:
     times = milliseconds({"ensemble": ensemble, "loop": loop} | {name: f for name, (f, _) in products.items()})
     peak = max(flop / times[name] / 1e6 for name, (_, flop) in products.items())
     reached = counter.get_total_flops() / times["ensemble"] / 1e6
-    line("update of all ten learners", f"{times['ensemble']:.1f} ms, {counter.get_total_flops() / 1e9:.2f} GFLOP")
+    line(f"{env}: update of {num_tasks} learners, batch {args.batch_size}",
+         f"{times['ensemble']:.1f} ms, {counter.get_total_flops() / 1e9:.2f} GFLOP")
     line("its share of the matrix-product peak", f"{reached:.0f} of {peak:.0f} GFLOP/s = {reached / peak:.0%}")
-    line("the same as a loop over ten learners", f"{times['loop']:.1f} ms: {times['loop'] / times['ensemble']:.2f} x")
+    line("the same as a loop over the learners", f"{times['loop']:.1f} ms: {times['loop'] / times['ensemble']:.2f} x")
 
-    envs = qmp.make_envs(args, list(range(num_tasks)))
-    obs, _ = envs.reset(seed=0)
-    actions = np.zeros((num_tasks, action_size), np.float32)
-    one_obs = torch.from_numpy(obs)
-    zeros = np.zeros(num_tasks)
+    actions, zeros, one_obs = np.zeros((num_tasks, action_size), np.float32), np.zeros(num_tasks), torch.from_numpy(obs)
     step_times = milliseconds({
         "act, Q-switch": lambda: qmp.behave(args, learners, one_obs, False)[0].numpy(),
         "act, own policy": lambda: qmp.behave(args, learners, one_obs, True)[0].numpy(),
-        "step ten mazes": lambda: envs.step(actions),
+        "step the environments": lambda: envs.step(actions),
         "store": lambda: buffer.add(obs, actions, zeros, obs, zeros)}, repetitions=300)
     for name, value in step_times.items():
-        line(f"{name}, per lock-step of ten", f"{value:.2f} ms")
+        line(f"{name}, per lock-step of {num_tasks}", f"{value:.2f} ms")
+    fill = 2 * args.train_every                                        # updates begin with the third round
+    updates = (steps // (num_tasks * args.train_every) - 2) * args.gradient_steps
     for method in ("qmp", "separated"):
-        whole_run("qmp_sac", ["--method", method, "--total-timesteps", "90000", "--eval-every", "90000",
-                              "--eval-episodes", "1", "--learning-starts", "600"],
-                  f"--method {method}, 90k steps at the paper's settings",
-                  update=times["ensemble"] / 1e3 * 100 * 14)
-    whole_run("qmp_sac", ["--total-timesteps", "1000000", "--learning-starts", "100000", "--eval-every", "1000000",
-                          "--eval-episodes", "1", "--method", "separated"], "replay of 1M steps filled, no updates")
+        whole_run("qmp_sac", ["--env", env, "--method", method, "--total-timesteps", str(steps), "--eval-every",
+                              str(steps), "--eval-episodes", "1", "--learning-starts", str(fill)],
+                  f"--env {env} --method {method}, {steps:,} steps", update=times["ensemble"] / 1e3 * updates)
 
 
 def whole_run(script: str, arguments: list[str], label: str, update: float | None = None) -> None:
