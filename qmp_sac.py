@@ -89,7 +89,7 @@ METHOD_PRESETS = {  # width 834 gives shared networks about as many parameters a
     ("metaworld", "qmp-multihead"): dict(hidden_size=512, lr=1e-3),
     ("metaworld", "dnc"): dict(kl_weight=1e-3), ("metaworld", "dnc-reg"): dict(kl_weight=1e-3),
 }
-TIED_LAYERS = {"shared": 3, "shared-multihead": 2, "qmp-multihead": 2}      # of 3; other methods share no layer
+TIED_LAYERS = {"shared": (0, 1, 2), "shared-multihead": (0, 1), "qmp-multihead": (0, 1)}    # other methods share none
 
 
 @dataclass
@@ -553,26 +553,30 @@ def finished_episodes(infos: dict):
 class TaskMLP(nn.Module):
     """One MLP per task, all of them evaluated at once.
 
-    A layer is a stack of matrices, (T, in, out), one per task, or a single one, (1, in, out), for the first `tied`
-    layers, which all tasks share: tied = 0 gives independent networks, tied = all of them one network for all tasks,
-    anything between a shared trunk with a head per task.
+    A layer is a stack of matrices, (T, in, out), one per task, or a single one, (1, in, out), for the layers in `tied`,
+    which all tasks share: no tied layer gives independent networks, all of them one network for all tasks, all but the
+    last a shared trunk with a head per task.
     """
 
-    def __init__(self, num_tasks: int, sizes: list[int], tied: int = 0, activation: str = "relu",
+    def __init__(self, num_tasks: int, sizes: list[int], tied: tuple[int, ...] = (), activation: str = "relu",
                  init=nn.init.xavier_uniform_):
         super().__init__()
         self.activation = getattr(torch, activation + "_")             # in place: large activations cost memory traffic
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for layer, (n_in, n_out) in enumerate(zip(sizes[:-1], sizes[1:])):
-            weight = torch.empty(1 if layer < tied else num_tasks, n_in, n_out)
+            weight = torch.empty(1 if layer in tied else num_tasks, n_in, n_out)
             for matrix in weight:
                 init(matrix)
             self.weights.append(weight)
             self.biases.append(torch.zeros(len(weight), 1, n_out))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(T, B, in) -> (T, B, out): row i of the first axis goes through network i."""
-        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases)):
+    def forward(self, x: Tensor, layers: list | None = None) -> Tensor:
+        """(T, B, in) -> (T, B, out): row i of the first axis goes through network i.
+
+        Args:
+            layers: (matrix, bias) to use in place of the own parameters.
+        """
+        for layer, (weight, bias) in enumerate(layers or zip(self.weights, self.biases)):
             x = x @ weight[0] + bias[0] if len(weight) == 1 else torch.baddbmm(bias, x, weight)
             if layer < len(self.weights) - 1:
                 x = self.activation(x)
@@ -582,7 +586,7 @@ class TaskMLP(nn.Module):
 class Actor(nn.Module):
     """Gaussian policies before the tanh, one per task."""
 
-    def __init__(self, num_tasks: int, obs_size: int, action_size: int, hidden: int, tied: int, activation: str):
+    def __init__(self, num_tasks: int, obs_size: int, action_size: int, hidden: int, tied: tuple, activation: str):
         super().__init__()
         self.net = TaskMLP(num_tasks, [obs_size, hidden, hidden, 2 * action_size], tied, activation)
 
@@ -595,7 +599,7 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """Soft Q-functions, one per task."""
 
-    def __init__(self, num_tasks: int, obs_size: int, action_size: int, hidden: int, tied: int, activation: str):
+    def __init__(self, num_tasks: int, obs_size: int, action_size: int, hidden: int, tied: tuple, activation: str):
         super().__init__()
         self.net = TaskMLP(num_tasks, [obs_size + action_size, hidden, hidden, 1], tied, activation,
                            nn.init.xavier_normal_)
@@ -614,11 +618,11 @@ class Learners(nn.Module):
 
     def __init__(self, args: Args, num_tasks: int, obs_size: int, action_size: int):
         super().__init__()
-        tied = TIED_LAYERS.get(args.method, 0)
+        tied = TIED_LAYERS.get(args.method, ())
         sizes = (num_tasks, obs_size, action_size, args.hidden_size, tied, args.activation)
         self.actor, self.qf1, self.qf2 = Actor(*sizes), Critic(*sizes), Critic(*sizes)
         self.qf1_target, self.qf2_target = copy.deepcopy(self.qf1), copy.deepcopy(self.qf2)
-        self.log_alpha = nn.Parameter(torch.zeros(1 if tied == 3 else num_tasks))
+        self.log_alpha = nn.Parameter(torch.zeros(1 if len(tied) == 3 else num_tasks))
         self.target_entropy = -float(action_size)
         if args.method == "dnc":                                       # the common policy that is distilled into
             self.centroid = copy.deepcopy(self.actor)
@@ -638,27 +642,27 @@ class Learners(nn.Module):
 # Replay buffer
 # ---------------------------------------------------------------------------------------------------------------------
 class ReplayBuffer:
-    """The last `capacity` transitions of each task; a row is obs, action, reward, next_obs, termination."""
+    """The last `capacity` transitions of each learner; a row is obs, action, reward, next_obs, termination."""
 
-    def __init__(self, num_tasks: int, capacity: int, obs_size: int, action_size: int, device: torch.device):
+    def __init__(self, num_learners: int, capacity: int, obs_size: int, action_size: int, device: torch.device):
         self.widths = [obs_size, action_size, 1, obs_size, 1]
-        self.data = torch.zeros(num_tasks, capacity, sum(self.widths), device=device)
-        self.tasks = torch.arange(num_tasks, device=device)[:, None]
-        self.num_added = 0                                # per task: all tasks add at the same time
+        self.data = torch.zeros(num_learners, capacity, sum(self.widths), device=device)
+        self.learners = torch.arange(num_learners, device=device)[:, None]
+        self.num_added = 0                                # per learner: all add at the same time
 
     def __len__(self) -> int:
         return min(self.num_added, self.data.shape[1])
 
     def add(self, obs, actions, rewards, next_obs, terminations) -> None:
-        """Append one transition per task: (T, O), (T, A), (T,), (T, O), (T,). Truncation is no termination."""
+        """Append one transition per learner: (T, O), (T, A), (T,), (T, O), (T,). Truncation is no termination."""
         row = np.concatenate([obs, actions, rewards[:, None], next_obs, terminations[:, None]], 1, dtype=np.float32)
         self.data[:, self.num_added % self.data.shape[1]] = torch.from_numpy(row).to(self.data.device)
         self.num_added += 1
 
     def sample(self, rng: np.random.Generator, batch_size: int) -> list[Tensor]:
-        """Draw uniformly, for each task its own: obs (T, B, O), actions, rewards (T, B), next_obs, terminations."""
+        """Draw uniformly, for each learner its own: obs (T, B, O), actions, rewards (T, B), next_obs, terminations."""
         index = torch.from_numpy(rng.integers(len(self), size=(len(self.data), batch_size))).to(self.data.device)
-        obs, actions, rewards, next_obs, terminations = self.data[self.tasks, index].split(self.widths, dim=-1)
+        obs, actions, rewards, next_obs, terminations = self.data[self.learners, index].split(self.widths, dim=-1)
         return [obs, actions, rewards.squeeze(-1), next_obs, terminations.squeeze(-1)]
 
 

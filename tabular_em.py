@@ -424,7 +424,7 @@ def train(args: Args) -> Path | None:
     if not run.stop_signal:
         finish(args, tasks, q, assignment, run.dir)
         plot_returns(run.dir, tasks)
-        plot_assignment(run.dir / "assignment.png", tasks, history, n)
+        plot_assignment(run.dir / "assignment.png", tasks.names, [(s, a[0], r[0]) for s, a, r in history], n)
         plot_policies(run.dir / "policies.png", tasks, q[0], assignment[0])
     run.close()
     return run.dir
@@ -480,16 +480,20 @@ def plot_returns(folder: Path, tasks: Tasks) -> None:
     figure.savefig(folder / "returns.png", dpi=120)
 
 
-def plot_assignment(path: Path, tasks: Tasks, history: list, num_policies: int) -> None:
-    """The first trial's E-steps (the paper's Fig. 2 and 3): a dot where a task is assigned to the panel's policy."""
-    steps, assignment, returns = (np.array(column) for column in zip(*[(step, a[0], r[0]) for step, a, r in history]))
+def plot_assignment(path: Path, names: list[str], history: list, num_policies: int) -> None:
+    """The E-steps (the paper's Fig. 2, 3, 9, 10): a dot where a task is assigned to the panel's policy.
+
+    Args:
+        history: training steps, assignment (T,) and return by the assigned policy (T,) of each E-step.
+    """
+    steps, assignment, returns = (np.array(column) for column in zip(*history))
     figure = Figure(figsize=(9, 1 + 1.6 * num_policies), layout="constrained")
     axes = figure.subplots(num_policies, 1, sharex=True, squeeze=False)[:, 0]
     for policy, axis in enumerate(axes):
         when, task = np.nonzero(assignment == policy)
         dots = axis.scatter(steps[when], task, c=returns[when, task], s=6, vmin=returns.min(), vmax=returns.max())
-        axis.set_yticks(range(len(tasks.names)), tasks.names, fontsize=6)
-        axis.set(ylabel=f"policy {policy}", ylim=(len(tasks.names) - 0.5, -0.5))
+        axis.set_yticks(range(len(names)), names, fontsize=6)
+        axis.set(ylabel=f"policy {policy}", ylim=(len(names) - 0.5, -0.5))
     axes[-1].set_xlabel("training steps, summed over policies")
     figure.colorbar(dots, ax=axes, label="return")
     figure.savefig(path, dpi=120)

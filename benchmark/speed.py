@@ -101,7 +101,7 @@ class SingleSAC:
 
 
 def qmp_sac() -> None:
-    for env, steps in (("maze", 90_000), ("reacher", 60_000), ("metaworld", 60_000)):
+    for env, steps in (("maze", 90_000), ("reacher", 20_000), ("metaworld", 40_000)):
         qmp_sac_on(env, steps)
     whole_run("qmp_sac", ["--total-timesteps", "1000000", "--learning-starts", "100000", "--eval-every", "1000000",
                           "--eval-episodes", "1", "--method", "separated"],
