@@ -14,7 +14,7 @@ own tasks (M-step), and repeat. Nothing is reset when a task moves: a policy kee
 
     E-step: G[t, i], return of policy i on task t        play
     assignment: argmax_i G[t, i]; empty sets get all     assign_tasks, clusters
-    M-step: TD3 on tasks drawn from T_i                  train, update
+    M-step: TD3 on tasks drawn from T_i                  train, td3_update
     gradient surgery (Yu et al. 2020), a baseline        conflict_weights, project_conflicts, gather_gradients
 
 All policies train side by side: one stack of networks, one environment per policy, one update for all. tabular_em.py
@@ -166,7 +166,7 @@ class Args:
         preset = PRESETS[self.env] | METHOD_PRESETS.get((self.env, self.method), {})
         if self.method not in CLUSTERED:
             preset["m_step_size"] = 4 * preset["m_step_size"] // self.num_policies
-            preset["m_step_size"] -= preset["m_step_size"] % self.evals_per_m_step
+            preset["m_step_size"] -= preset["m_step_size"] % max(1, self.evals_per_m_step)
         for name, value in preset.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -215,7 +215,7 @@ EVENTS = {
     "legs": [Event(f"legs{leg}-{ground}", leg, "progress", 88.667, stumps=gap, stump_height=h) for leg in (25, 35, 45)
              for ground, gap, h in (("flat", "4", 0.0), ("gap2", "2", 0.5), ("gap4", "4", 0.5))],
 }
-TASKS = {"pendulum": [f"length{length}" for length in LENGTHS]} | {
+TASKS = {"pendulum": [f"length{round(100 * length)}cm" for length in LENGTHS]} | {
     env: [event.name for event in events] for env, events in EVENTS.items()}
 LOG_EVERY = 5_000                                             # environment steps between writes to TensorBoard
 HORIZON = {"pendulum": 500, "track": 2_000, "legs": 2_000}    # steps of a training episode ...
@@ -405,7 +405,7 @@ class TaskMLP(nn.Module):
         return x
 
 
-class Learners(nn.Module):
+class TD3Learners(nn.Module):
     """All that TD3 trains, in stacks of R: policies and twin critics, with their targets.
 
     R is the number of policies, independent of each other; for the two baselines with heads it is the number of tasks,
@@ -510,8 +510,8 @@ def policy_loss(q: Tensor, actions: Tensor, penalty: float) -> Tensor:
     return -q.mean(1) + penalty * actions.square().mean((1, 2))
 
 
-def update(args: Args, learners: Learners, optimizers: dict, batch: list[Tensor], limit: float, update_policies: bool,
-           rng: np.random.Generator) -> dict[str, Tensor]:
+def td3_update(args: Args, learners: TD3Learners, optimizers: dict, batch: list[Tensor], limit: float,
+               update_policies: bool, rng: np.random.Generator) -> dict[str, Tensor]:
     """One TD3 step of every row: critics, and with `update_policies` policies and all targets. Losses, (R,) each.
 
     Args:
@@ -631,7 +631,7 @@ def project_conflicts(task_grads: Tensor, visit_order: np.ndarray) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
-def play(args: Args, learners: Learners, policies: np.ndarray, tasks: np.ndarray, rng: np.random.Generator,
+def play(args: Args, learners: TD3Learners, policies: np.ndarray, tasks: np.ndarray, rng: np.random.Generator,
          frames: bool = False) -> dict:
     """Greedy episodes of each pair of a policy and a task, all pairs side by side, in fresh environments.
 
@@ -676,7 +676,7 @@ def train(args: Args) -> Path | None:
     obs, _ = envs.reset(seed=args.seed)                                # (n, O); policy i's environment gets seed + i
     obs_size, action_size = obs.shape[1], envs.single_action_space.shape[0]
     limit = float(envs.single_action_space.high[0])
-    learners = Learners(args, obs_size, action_size).to(device)
+    learners = TD3Learners(args, obs_size, action_size).to(device)
     optimizers = learners.make_optimizers(args.lr)
     assignment = np.arange(num_tasks) % n                              # right for all methods that have no clusters
     if args.method == "random-clusters":
@@ -685,7 +685,7 @@ def train(args: Args) -> Path | None:
     if args.evaluate:
         state = load_checkpoint(args.evaluate)
         learners.load_state_dict(state["learners"])
-        finish(args, learners, state["assignment"].numpy(), args.evaluate)
+        report(args, learners, state["assignment"].numpy(), args.evaluate)
         return args.evaluate
 
     state = load_checkpoint(args.resume) if args.resume else {"global_step": 0, "seconds": 0.0}
@@ -760,8 +760,8 @@ def train(args: Args) -> Path | None:
         if steps > args.learning_starts and steps % args.update_every == 0:
             num_updates += 1
             now = num_updates % args.policy_delay == 0
-            for name, loss in update(args, learners, optimizers, buffer.sample(rng, args.batch_size), limit, now,
-                                     rng).items():
+            batch = buffer.sample(rng, args.batch_size)
+            for name, loss in td3_update(args, learners, optimizers, batch, limit, now, rng).items():
                 losses[name].append(loss)
 
         # Log -------------------------------------------------------------------------------------------------
@@ -795,7 +795,7 @@ def train(args: Args) -> Path | None:
     if run.saved_at != global_step:
         save()
     if not run.stop_signal:
-        finish(args, learners, assignment, run.dir)
+        report(args, learners, assignment, run.dir)
         plot_assignment(run.dir / "assignment.png", names, history, n)
     run.close()
     return run.dir
@@ -807,7 +807,7 @@ def allow(envs: SyncVectorEnv, member: np.ndarray) -> None:
         env.unwrapped.allowed = np.flatnonzero(mine).tolist()
 
 
-def finish(args: Args, learners: Learners, assignment: np.ndarray, folder: Path) -> None:
+def report(args: Args, learners: TD3Learners, assignment: np.ndarray, folder: Path) -> None:
     """Print what the assigned policies reach, and the clusters; animate them if asked to."""
     names, generator = TASKS[args.env], np.random.default_rng(args.seed + 20_000)
     result = play(args, learners, assignment, np.arange(len(names)), generator, frames=args.capture_video)

@@ -25,10 +25,13 @@ QUICK = {
     "qmp_sac.py": "--tasks 0 4 8 --total-timesteps 6000 --train-every 100 --learning-starts 200 --gradient-steps 3 "
                   "--hidden-size 16 --batch-size 16 --eval-every 900 --eval-episodes 1 --checkpoint-every 600",
     "tabular_em.py": "--trials 3 --total-timesteps 200000 --eval-every 30000 --checkpoint-every 20000",
+    "em_clustering_td3.py": "--num-policies 2 --total-timesteps 6000 --m-step-size 300 --learning-starts 100 "
+                            "--update-every 3 --batch-size 16 --hidden-sizes 16 16 --eval-every 600 --eval-episodes 1 "
+                            "--checkpoint-every 600",
 }
 TOTAL = {script: int(re.search(r"--total-timesteps (\d+)", flags)[1]) for script, flags in QUICK.items()}
-RESTARTS_EXACTLY = {"qmp_sac.py", "tabular_em.py"}        # their simulators give their whole state
-FULL_AT = {"qmp_sac.py": 0.8, "tabular_em.py": 0.8}       # of the last checkpoint: the first fits, a later one does not
+RESTARTS_EXACTLY = {"qmp_sac.py", "tabular_em.py", "em_clustering_td3.py"}    # their simulators give their whole state
+FULL_AT = 0.8                                             # of the last checkpoint: the first fits, a later one does not
 DIVERGES = {"qmp_sac.py": "--lr 1 --gradient-steps 200"}  # a step this long overflows float32 after a few updates
 every_script = pytest.mark.parametrize("script", [path.name for path in SCRIPTS])
 
@@ -162,7 +165,7 @@ def test_a_longer_run_continues_a_finished_one(script, tmp_path, monkeypatch, st
 
 @every_script
 def test_a_full_disk_costs_no_checkpoint(script, command_line, tmp_path, monkeypatch, straight_run):
-    limit = int((straight_run(script) / "checkpoint.pt").stat().st_size * FULL_AT[script])
+    limit = int((straight_run(script) / "checkpoint.pt").stat().st_size * FULL_AT)
     result = command_line(script, *QUICK[script].split(), "--runs-dir", tmp_path / "runs",
                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     run = only_run(tmp_path / "runs")
@@ -243,6 +246,13 @@ BAD_FOR = {
                       ("--method sp --num-policies 2", "leave --num-policies out"), ("--chain-reward none", "none"),
                       ("--evals-per-m-step 3", "let --evals-per-m-step divide it"),
                       ("--resume {run} --env chain", "--env grid, not chain")],
+    "em_clustering_td3.py": [("--num-policies 8", "from 1 to 7"), ("--num-policies 0", "from 1 to 7"),
+                             ("--method ppt --num-policies 4", "leave --num-policies out"), ("--hidden-sizes 64", "64"),
+                             ("--action-scale 3", "at most 2"), ("--env track --action-scale 2", "at most 1"),
+                             ("--evals-per-m-step 7", "let --evals-per-m-step divide it"),
+                             ("--evals-per-m-step 0", "--evals-per-m-step must be"),
+                             ("--exploration-noise -1", "--exploration-noise must be"),
+                             ("--resume {run} --method random-clusters", "--method em, not random-clusters")],
 }
 
 
