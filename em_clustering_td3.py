@@ -392,13 +392,9 @@ class TaskMLP(nn.Module):
             self.weights.append(weight)
             self.biases.append(torch.zeros(len(weight), 1, n_out))
 
-    def forward(self, x: Tensor, layers: list | None = None) -> Tensor:
-        """(T, B, in) -> (T, B, out): row i of the first axis goes through network i.
-
-        Args:
-            layers: (matrix, bias) to use in place of the own parameters.
-        """
-        for layer, (weight, bias) in enumerate(layers or zip(self.weights, self.biases)):
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, B, in) -> (T, B, out): row i of the first axis goes through network i."""
+        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             x = x @ weight[0] + bias[0] if len(weight) == 1 else torch.baddbmm(bias, x, weight)
             if layer < len(self.weights) - 1:
                 x = self.activation(x)
@@ -480,14 +476,14 @@ def random_clusters(num_tasks: int, num_policies: int, rng: np.random.Generator)
     return rng.permutation(num_policies * row_size)[:num_tasks] // row_size
 
 
-def policy_actions(args: Args, actor: TaskMLP, obs: Tensor, layers: list | None = None) -> Tensor:
+def policy_actions(args: Args, actor: TaskMLP, obs: Tensor) -> Tensor:
     """Deterministic actions of every row's policy, (R, B, O) -> (R, B, A)."""
-    return args.action_scale * torch.tanh(actor(obs, layers))
+    return args.action_scale * torch.tanh(actor(obs))
 
 
-def value(critic: TaskMLP, obs: Tensor, actions: Tensor, layers: list | None = None) -> Tensor:
+def value(critic: TaskMLP, obs: Tensor, actions: Tensor) -> Tensor:
     """Q-values of every row's critic, (R, B, O) and (R, B, A) -> (R, B)."""
-    return critic(torch.cat([obs, actions], dim=-1), layers).squeeze(-1)
+    return critic(torch.cat([obs, actions], dim=-1)).squeeze(-1)
 
 
 def clipped_noise(like: Tensor, std: float) -> Tensor:
@@ -525,18 +521,18 @@ def td3_update(args: Args, learners: TD3Learners, optimizers: dict, batch: list[
         next_q = torch.min(value(learners.qf1_target, next_obs, next_actions),
                            value(learners.qf2_target, next_obs, next_actions))
         target = td_target(rewards, terminations, next_q, args.gamma)
-    layers1, layers2 = task_copies(learners.qf1), task_copies(learners.qf2)
-    q_loss = critic_loss(value(learners.qf1, obs, actions, layers1), value(learners.qf2, obs, actions, layers2), target)
-    descend(args, optimizers["critic"], q_loss, [(learners.qf1, layers1), (learners.qf2, layers2)], rng)
+    (qf1, copies1), (qf2, copies2) = per_task(learners.qf1, len(obs)), per_task(learners.qf2, len(obs))
+    q_loss = critic_loss(value(qf1, obs, actions), value(qf2, obs, actions), target)
+    descend(args, optimizers["critic"], q_loss, [(learners.qf1, copies1), (learners.qf2, copies2)], rng)
     losses = {"critic": q_loss}
 
     if update_policies:
-        layers = task_copies(learners.actor)
-        pi = policy_actions(args, learners.actor, obs, layers)
+        actor, copies = per_task(learners.actor, len(obs))
+        pi = policy_actions(args, actor, obs)
         learners.qf1.requires_grad_(False)                             # the gradient only passes through
         pi_loss = policy_loss(value(learners.qf1, obs, pi), pi, args.action_penalty)
         learners.qf1.requires_grad_(True)
-        descend(args, optimizers["actor"], pi_loss, [(learners.actor, layers)], rng)
+        descend(args, optimizers["actor"], pi_loss, [(learners.actor, copies)], rng)
         losses["actor"] = pi_loss
         with torch.no_grad():
             for name in ("actor", "qf1", "qf2"):
@@ -550,12 +546,13 @@ def descend(args: Args, optimizer: torch.optim.Optimizer, losses: Tensor, nets: 
     """Descend the sum of the rows' losses, (R,), after surgery where the method has it and clipping.
 
     Args:
-        nets: each network with the layers that `task_copies` gave for its forward pass.
+        nets: each network with the copies that `per_task` made for its forward pass.
     """
     optimizer.zero_grad()
     losses.sum().backward()
-    for net, layers in nets:
-        gather_gradients(net, layers, rng if args.method == "surgery" else None)
+    for net, copies in nets:
+        if copies:
+            gather_gradients([(net, copies)], rng if args.method == "surgery" else None)
         if args.max_grad_norm:
             for param in net.parameters():                             # of each row by itself
                 norm = param.grad.flatten(1).norm(dim=1)
@@ -563,26 +560,38 @@ def descend(args: Args, optimizer: torch.optim.Optimizer, losses: Tensor, nets: 
     optimizer.step()
 
 
-def task_copies(net: TaskMLP) -> list[tuple[Tensor, Tensor]]:
-    """The layers of a network, tied ones as one copy per task, so that each task's gradient arrives by itself."""
-    size = max(map(len, net.weights))
+def per_task(net: nn.Module, num_tasks: int) -> tuple:
+    """The network with a copy of its tied layers for each task, so that each task's gradient arrives by itself.
 
-    def copies(param: Tensor) -> Tensor:
-        return param if len(param) == size else param.detach().expand(size, -1, -1).requires_grad_()
-    return [(copies(weight), copies(bias)) for weight, bias in zip(net.weights, net.biases)]
+    Returns:
+        What to call in place of `net`, and the copies by parameter name: none if no layer is tied.
+    """
+    copies = {name: param.detach().expand(num_tasks, -1, -1).requires_grad_()
+              for name, param in net.named_parameters() if len(param) == 1 < num_tasks}
+    return (partial(call_with, net, copies) if copies else net), copies
 
 
-def gather_gradients(net: TaskMLP, layers: list, rng: np.random.Generator | None) -> None:
-    """Give tied layers the mean of the tasks' gradients, as they are or (with `rng`) after `project_conflicts`."""
-    tied = [(param, copy_) for pair, copies in zip(zip(net.weights, net.biases), layers)
-            for param, copy_ in zip(pair, copies) if copy_ is not param]
-    if tied:
-        task_grads = torch.cat([copy_.grad.flatten(1) for _, copy_ in tied], dim=1)          # (T, P)
-        if rng is not None:
-            task_grads = project_conflicts(task_grads, draw_visit_order(len(task_grads), rng))
-        sizes = [param.numel() for param, _ in tied]
-        for (param, _), gradient in zip(tied, task_grads.mean(0).split(sizes)):
-            param.grad = gradient.view_as(param)
+def call_with(net: nn.Module, params: dict[str, Tensor], *inputs: Tensor):
+    """The network's output with other parameters than its own."""
+    return torch.func.functional_call(net, params, inputs)
+
+
+def gather_gradients(nets: list[tuple[nn.Module, dict]], rng: np.random.Generator | None) -> tuple[np.ndarray, ...]:
+    """Give tied layers the mean of the tasks' gradients, as they are or (with `rng`) after gradient surgery.
+
+    Args:
+        nets: networks with the copies that `per_task` made, whose gradients are there; one vector of all together.
+    Returns:
+        Inner products of the tasks' gradients before surgery, and weights of each in the mean's terms, (T, T) each.
+    """
+    tied = [(net.get_parameter(name), copies_) for net, copies in nets for name, copies_ in copies.items()]
+    task_grads = torch.cat([copies.grad.flatten(1) for _, copies in tied], dim=1)             # (T, P)
+    gram = (task_grads @ task_grads.T).double().cpu().numpy()
+    weights = np.eye(len(gram)) if rng is None else conflict_weights(gram, draw_visit_order(len(gram), rng))
+    mean = torch.from_numpy(weights.mean(0)).to(task_grads) @ task_grads
+    for (param, _), gradient in zip(tied, mean.split([param.numel() for param, _ in tied])):
+        param.grad = gradient.view_as(param)
+    return gram, weights
 
 
 def draw_visit_order(num_tasks: int, rng: np.random.Generator) -> np.ndarray:
@@ -623,8 +632,7 @@ def project_conflicts(task_grads: Tensor, visit_order: np.ndarray) -> Tensor:
     """
     if len(visit_order) != len(task_grads):
         raise ValueError(f"visit_order has {len(visit_order)} rows for {len(task_grads)} tasks; give one row per task")
-    exact = task_grads.double()
-    weights = conflict_weights((exact @ exact.T).cpu().numpy(), visit_order)
+    weights = conflict_weights((task_grads @ task_grads.T).double().cpu().numpy(), visit_order)
     return torch.from_numpy(weights).to(task_grads) @ task_grads
 
 

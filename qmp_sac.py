@@ -570,13 +570,9 @@ class TaskMLP(nn.Module):
             self.weights.append(weight)
             self.biases.append(torch.zeros(len(weight), 1, n_out))
 
-    def forward(self, x: Tensor, layers: list | None = None) -> Tensor:
-        """(T, B, in) -> (T, B, out): row i of the first axis goes through network i.
-
-        Args:
-            layers: (matrix, bias) to use in place of the own parameters.
-        """
-        for layer, (weight, bias) in enumerate(layers or zip(self.weights, self.biases)):
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, B, in) -> (T, B, out): row i of the first axis goes through network i."""
+        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             x = x @ weight[0] + bias[0] if len(weight) == 1 else torch.baddbmm(bias, x, weight)
             if layer < len(self.weights) - 1:
                 x = self.activation(x)

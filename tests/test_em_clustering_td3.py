@@ -437,18 +437,22 @@ def test_gradients_of_shared_layers_are_those_of_each_task():
     args = small("surgery")
     torch.manual_seed(0)
     net = em.TaskMLP(4, [3, 5, 6, 1], (0, 1))
-    x, layers, goal = torch.randn(4, 8, 3), em.task_copies(net), torch.tensor([3.0, -3.0, 3.0, -3.0])[:, None, None]
-    (net(x, layers) - goal).square().mean((1, 2)).sum().backward()
+    (call, copies), goal = em.per_task(net, 4), torch.tensor([3.0, -3.0, 3.0, -3.0])[:, None, None]
+    x, names = torch.randn(4, 8, 3), ["weights.0", "weights.1", "biases.0", "biases.1"]
+    assert torch.allclose(call(x), net(x), atol=1e-6) and list(copies) == names and em.per_task(em.TaskMLP(4, [3, 1]), 4)[1] == {}
+    (call(x) - goal).square().mean((1, 2)).sum().backward()
     for task in range(4):
-        alone = torch.autograd.grad((net(x) - goal).square().mean((1, 2))[task], list(net.weights[:2]))
-        for gradient, (weight, _) in zip(alone, layers):
-            torch.testing.assert_close(weight.grad[task], gradient[0])
-    stacked = torch.cat([copy.grad.flatten(1) for pair in layers[:2] for copy in pair], 1)
-    em.gather_gradients(net, layers, None)
+        alone = torch.autograd.grad((net(x) - goal).square().mean((1, 2))[task], [net.get_parameter(n) for n in names])
+        for gradient, name in zip(alone, names):
+            torch.testing.assert_close(copies[name].grad[task], gradient[0])
+    stacked = torch.cat([copies[name].grad.flatten(1) for name in names], 1)
+    gram, weights = em.gather_gradients([(net, copies)], None)
     torch.testing.assert_close(net.weights[0].grad[0].flatten(), stacked[:, :15].mean(0))
-    em.gather_gradients(net, layers, np.random.default_rng(3))
+    assert gram == pytest.approx((stacked @ stacked.T).numpy(), rel=1e-5) and np.array_equal(weights, np.eye(4))
+    _, weights = em.gather_gradients([(net, copies)], np.random.default_rng(3))
     projected = em.project_conflicts(stacked, em.draw_visit_order(4, np.random.default_rng(3))).mean(0)
     torch.testing.assert_close(net.biases[1].grad.flatten(), projected[-6:])
+    assert (weights >= np.eye(4)).all() and weights.sum() > 4
     assert not torch.allclose(projected, stacked.mean(0)) and args.method == "surgery"
 
 
