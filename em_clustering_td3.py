@@ -552,7 +552,7 @@ def descend(args: Args, optimizer: torch.optim.Optimizer, losses: Tensor, nets: 
     losses.sum().backward()
     for net, copies in nets:
         if copies:
-            gather_gradients([(net, copies)], rng if args.method == "surgery" else None)
+            gather_gradients([(net, copies)], draw_visit_order(len(losses), rng) if args.method == "surgery" else None)
         if args.max_grad_norm:
             for param in net.parameters():                             # of each row by itself
                 norm = param.grad.flatten(1).norm(dim=1)
@@ -576,18 +576,19 @@ def call_with(net: nn.Module, params: dict[str, Tensor], *inputs: Tensor):
     return torch.func.functional_call(net, params, inputs)
 
 
-def gather_gradients(nets: list[tuple[nn.Module, dict]], rng: np.random.Generator | None) -> tuple[np.ndarray, ...]:
-    """Give tied layers the mean of the tasks' gradients, as they are or (with `rng`) after gradient surgery.
+def gather_gradients(nets: list[tuple[nn.Module, dict]], visit_order: np.ndarray | None) -> tuple[np.ndarray, ...]:
+    """Give tied layers the mean of the tasks' gradients, as they are or after gradient surgery.
 
     Args:
         nets: networks with the copies that `per_task` made, whose gradients are there; one vector of all together.
+        visit_order: as for `project_conflicts`; None for no surgery.
     Returns:
-        Inner products of the tasks' gradients before surgery, and weights of each in the mean's terms, (T, T) each.
+        Inner products of the tasks' gradients before surgery, and the coefficients of `conflict_weights`; (T, T) each.
     """
     tied = [(net.get_parameter(name), copies_) for net, copies in nets for name, copies_ in copies.items()]
     task_grads = torch.cat([copies.grad.flatten(1) for _, copies in tied], dim=1)             # (T, P)
     gram = (task_grads @ task_grads.T).double().cpu().numpy()
-    weights = np.eye(len(gram)) if rng is None else conflict_weights(gram, draw_visit_order(len(gram), rng))
+    weights = np.eye(len(gram)) if visit_order is None else conflict_weights(gram, visit_order)
     mean = torch.from_numpy(weights.mean(0)).to(task_grads) @ task_grads
     for (param, _), gradient in zip(tied, mean.split([param.numel() for param, _ in tied])):
         param.grad = gradient.view_as(param)

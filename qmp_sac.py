@@ -582,9 +582,9 @@ class TaskMLP(nn.Module):
 class Actor(nn.Module):
     """Gaussian policies before the tanh, one per task."""
 
-    def __init__(self, num_tasks: int, obs_size: int, action_size: int, hidden: int, tied: tuple, activation: str):
+    def __init__(self, num_tasks: int, obs_size: int, action_size: int, hidden: tuple, tied: tuple, activation: str):
         super().__init__()
-        self.net = TaskMLP(num_tasks, [obs_size, hidden, hidden, 2 * action_size], tied, activation)
+        self.net = TaskMLP(num_tasks, [obs_size, *hidden, 2 * action_size], tied, activation)
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """(T, B, O) -> mean and log standard deviation, (T, B, A) each."""
@@ -595,10 +595,9 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """Soft Q-functions, one per task."""
 
-    def __init__(self, num_tasks: int, obs_size: int, action_size: int, hidden: int, tied: tuple, activation: str):
+    def __init__(self, num_tasks: int, obs_size: int, action_size: int, hidden: tuple, tied: tuple, activation: str):
         super().__init__()
-        self.net = TaskMLP(num_tasks, [obs_size + action_size, hidden, hidden, 1], tied, activation,
-                           nn.init.xavier_normal_)
+        self.net = TaskMLP(num_tasks, [obs_size + action_size, *hidden, 1], tied, activation, nn.init.xavier_normal_)
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
         """(T, B, O) and (T, B, A) -> (T, B)."""
@@ -615,7 +614,7 @@ class Learners(nn.Module):
     def __init__(self, args: Args, num_tasks: int, obs_size: int, action_size: int):
         super().__init__()
         tied = TIED_LAYERS.get(args.method, ())
-        sizes = (num_tasks, obs_size, action_size, args.hidden_size, tied, args.activation)
+        sizes = (num_tasks, obs_size, action_size, (args.hidden_size,) * 2, tied, args.activation)
         self.actor, self.qf1, self.qf2 = Actor(*sizes), Critic(*sizes), Critic(*sizes)
         self.qf1_target, self.qf2_target = copy.deepcopy(self.qf1), copy.deepcopy(self.qf2)
         self.log_alpha = nn.Parameter(torch.zeros(1 if len(tied) == 3 else num_tasks))

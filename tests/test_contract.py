@@ -21,6 +21,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 # A run of seconds that passes the first update, several evaluations and several checkpoints
+MT_QUICK = ("--tasks reach drawer-close --horizon 30 --total-timesteps 1200 --learning-starts 60 --hidden-sizes 16 16 "
+            "--batch-size 8 --eval-every 120 --eval-episodes 1 --checkpoint-every 120 --watch-every 3")
 QUICK = {
     "qmp_sac.py": "--tasks 0 4 8 --total-timesteps 6000 --train-every 100 --learning-starts 200 --gradient-steps 3 "
                   "--hidden-size 16 --batch-size 16 --eval-every 900 --eval-episodes 1 --checkpoint-every 600",
@@ -28,11 +30,13 @@ QUICK = {
     "em_clustering_td3.py": "--num-policies 2 --total-timesteps 6000 --m-step-size 300 --learning-starts 100 "
                             "--update-every 3 --batch-size 16 --hidden-sizes 16 16 --eval-every 600 --eval-episodes 1 "
                             "--checkpoint-every 600",
+    "pcgrad_sac.py": MT_QUICK, "dgrad_arch_sac.py": MT_QUICK,
 }
 TOTAL = {script: int(re.search(r"--total-timesteps (\d+)", flags)[1]) for script, flags in QUICK.items()}
 RESTARTS_EXACTLY = {"qmp_sac.py", "tabular_em.py", "em_clustering_td3.py"}    # their simulators give their whole state
 FULL_AT = 0.8                                             # of the last checkpoint: the first fits, a later one does not
-DIVERGES = {"qmp_sac.py": "--lr 1 --gradient-steps 200"}  # a step this long overflows float32 after a few updates
+DIVERGES = {"qmp_sac.py": "--lr 1 --gradient-steps 200",  # a step this long overflows float32 after a few updates
+            "pcgrad_sac.py": "--lr 1 --critic-lr 1 --max-grad-norm 0 --hidden-sizes 64 64 64 64"}
 every_script = pytest.mark.parametrize("script", [path.name for path in SCRIPTS])
 
 
@@ -237,6 +241,10 @@ BAD = [
 ]
 
 
+MT_BAD = [("--tasks drawer", "drawer-open"), ("--tasks reach-v3", "close: reach"), ("--tasks reach reach", "different"),
+          ("--horizon 501", "from 1 to 500"), ("--num-goals 0", "from 1 to 50"), ("--hidden-sizes 0", "at least 1"),
+          ("--batch-size 0", "--batch-size must be"), ("--critic-lr 2", "--critic-lr must be"),
+          ("--resume {run} --tasks reach push", "--tasks")]
 BAD_FOR = {
     "qmp_sac.py": [("--batch-size 0", "--batch-size must be"), ("--tasks 0 10", "indices from 0 to 9"),
                    ("--tasks 3 3", "different indices"), ("--method shared --batch-size 5", "use at least 10"),
@@ -253,6 +261,10 @@ BAD_FOR = {
                              ("--evals-per-m-step 0", "--evals-per-m-step must be"),
                              ("--exploration-noise -1", "--exploration-noise must be"),
                              ("--resume {run} --method random-clusters", "--method em, not random-clusters")],
+    "pcgrad_sac.py": [*MT_BAD, ("--tasks reach", "at least two tasks"), ("--combine product", "product"),
+                      ("--resume {run} --method sac", "--method pcgrad, not sac")],
+    "dgrad_arch_sac.py": [*MT_BAD, ("--m-init zeros", "zeros"), ("--task-net-hidden -1", "--task-net-hidden must be"),
+                          ("--resume {run} --method sac", "--method dgrad-a, not sac")],
 }
 
 
