@@ -176,8 +176,10 @@ class Args:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         for name in ("seed", "exploration_noise", "smoothing_noise", "action_penalty", "max_grad_norm"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:                           # not a number neither
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(self, name)}")
+        if min(self.hidden_sizes) < 1:
+            raise ValueError(f"--hidden-sizes must be at least 1, got {self.hidden_sizes}")
         for name in ("lr", "gamma", "tau"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"--{name} must be above 0 and at most 1, got {getattr(self, name)}")
@@ -311,7 +313,7 @@ class WalkerEnv(bipedal_walker.BipedalWalker):
                                                                       "task": self.task}
 
     def _generate_terrain(self, hardcore):
-        """Flat ground; stumps of the width of a terrain step from x = 9.33 on."""
+        """Level ground; stumps as wide as a terrain step from x = 9.33 on, which "flat" has too, 2 to 12 cm high."""
         step, ground, event = bipedal_walker.TERRAIN_STEP, bipedal_walker.TERRAIN_HEIGHT, self.events[self.task]
         self.terrain, self.terrain_poly = [], []
         self.terrain_x = [i * step for i in range(bipedal_walker.TERRAIN_LENGTH)]
@@ -677,10 +679,10 @@ def train(args: Args) -> Path | None:
     # Set-up ------------------------------------------------------------------------------------------------
     device = pick_device(args.device)
     random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
-    rng, e_step_rng, eval_rng = (np.random.default_rng(args.seed + offset) for offset in (0, 5_000, 10_000))
+    rng, e_step_rng = (np.random.default_rng(args.seed + offset) for offset in (0, 5_000))
     n, names = args.num_policies, TASKS[args.env]
     num_tasks, part = len(names), args.m_step_size // args.evals_per_m_step        # steps per policy between E-steps
-    end_step = n * part * max(1, round(args.total_timesteps / (n * part)))
+    end_step = n * args.m_step_size * max(1, round(args.total_timesteps / (n * args.m_step_size)))
     envs = make_envs(args, list(range(num_tasks)))
     obs, _ = envs.reset(seed=args.seed)                                # (n, O); policy i's environment gets seed + i
     obs_size, action_size = obs.shape[1], envs.single_action_space.shape[0]
@@ -713,8 +715,7 @@ def train(args: Args) -> Path | None:
         buffer.data[:, :len(buffer)] = state["buffer"].to(device)
         num_updates, eval_steps, assignment = state["num_updates"], state["eval_steps"], state["assignment"].numpy()
         history = [(step, a.numpy(), r.numpy()) for step, a, r in state["history"]]
-        for generator, saved in zip((e_step_rng, eval_rng), json.loads(state["generators"])):
-            generator.bit_generator.state = saved
+        e_step_rng.bit_generator.state = json.loads(state["e_step_rng"])
         allow(envs, clusters(assignment, n))
         obs = set_world(state["world"], envs, rng)
     run = Run(args, names, global_step, state["seconds"])
@@ -723,6 +724,7 @@ def train(args: Args) -> Path | None:
     def e_step(assign: bool) -> np.ndarray:
         """Try the policies on the tasks and assign them; G[t, i], -inf for pairs that the method never asks for."""
         nonlocal assignment, eval_steps
+        check_finite(global_step, dict(learners.named_parameters()))
         returns = np.full((num_tasks, n), -np.inf)
         pairs = np.nonzero(np.isneginf(returns)) if args.method in CLUSTERED else (np.arange(num_tasks), assignment)
         result = play(args, learners, pairs[1], pairs[0], e_step_rng)
@@ -735,12 +737,13 @@ def train(args: Args) -> Path | None:
 
     def save() -> None:
         """Everything that the next step reads."""
+        check_finite(global_step, dict(learners.named_parameters()))   # keeps the last good one
         run.save(dict(
             global_step=global_step, learners=learners.state_dict(), num_updates=num_updates, eval_steps=eval_steps,
             optimizers={name: optimizer.state_dict() for name, optimizer in optimizers.items()},
             assignment=torch.from_numpy(assignment), world=get_world(envs, obs, rng), num_added=buffer.num_added,
             history=[(step, torch.from_numpy(a), torch.from_numpy(r)) for step, a, r in history],
-            generators=json.dumps([generator.bit_generator.state for generator in (e_step_rng, eval_rng)]),
+            e_step_rng=json.dumps(e_step_rng.bit_generator.state),
             buffer=buffer.data[:, :len(buffer)].clone().cpu()))       # a clone, or torch.save writes the empty part too
 
     if not args.resume:
@@ -753,7 +756,9 @@ def train(args: Args) -> Path | None:
         # M-step: every policy acts in a task of its own ------------------------------------------------------
         with torch.no_grad():
             actions = policy_actions(args, learners.actor, torch.as_tensor(obs, device=device)[:, None]).squeeze(1)
-            actions = (actions + clipped_noise(actions, args.exploration_noise)).clamp(-limit, limit).cpu().numpy()
+            actions = (actions + clipped_noise(actions, args.exploration_noise)).clamp(-limit, limit).cpu()
+        check_finite(global_step, {"action": actions})                 # a walker's simulator would not survive it
+        actions = actions.numpy()
 
         # Step every environment once, log what ended, store --------------------------------------------------
         next_obs, rewards, terminations, truncations, infos = envs.step(actions)
@@ -777,7 +782,7 @@ def train(args: Args) -> Path | None:
         if crossed(previous_step, global_step, LOG_EVERY):
             means = {name: torch.stack(values).mean(0).cpu() for name, values in losses.items()}
             losses.clear()
-            check_finite(global_step, means | dict(learners.named_parameters()))
+            check_finite(global_step, means)
             for name, per_policy in means.items():
                 run.add("losses", {name: per_policy.mean().item()})
                 run.add("losses", {f"policy{i}/{name}": loss.item() for i, loss in enumerate(per_policy)})
@@ -790,6 +795,7 @@ def train(args: Args) -> Path | None:
             columns = {"empty": int((sizes == 0).sum()), "largest_cluster": int(sizes.max()), "eval_steps": eval_steps}
             run.add("method", columns)
             if crossed(global_step - n * part, global_step, args.eval_every) or global_step >= end_step:
+                eval_rng = np.random.default_rng((args.seed + 10_000, global_step))
                 evaluation = play(args, learners, assignment, np.arange(num_tasks), eval_rng)
                 columns |= {"max_return": returns.max(1).mean()}
                 columns |= {f"{name}/policy": int(policy) for name, policy in zip(names, assignment)}
@@ -1075,8 +1081,8 @@ class Run:
         print(f"run folder: {self.dir}")
 
 
-MAY_CHANGE = {"total_timesteps", "device", "eval_every", "eval_episodes", "checkpoint_every", "capture_video",
-              "runs_dir", "resume", "evaluate"}                        # between a run and its continuation
+MAY_CHANGE = {"total_timesteps", "device", "eval_every", "checkpoint_every", "capture_video", "runs_dir", "resume",
+              "evaluate"}                                              # between a run and its continuation
 
 
 def read_args(settings: type, argv: list[str] | None = None):

@@ -137,6 +137,8 @@ class Args:
         if self.method == "finetune" and (len(self.tasks) != 1 or self.finetune_from is None):
             raise ValueError("--method finetune needs one task to learn and a run to start from: "
                              "--tasks SmallLeg --finetune-from RUN_FOLDER")
+        if self.finetune_from is not None:
+            self.finetune_from = Path(self.finetune_from)              # args.json holds text
         if self.total_timesteps is None:
             self.total_timesteps = STEPS_PER_TASK[self.method] * len(self.tasks)
         for name in ("total_timesteps", "eval_every", "eval_episodes", "checkpoint_every", "num_envs", "num_steps",
@@ -495,18 +497,19 @@ def load_actor_critic(folder: Path) -> tuple[ActorCritic, list[str]]:
         raise Failure(f"{folder}: no args.json of multitask_a2c.py there ({error}); give its run folder") from error
     nets = ActorCritic(len(settings["tasks"]), settings["hidden_size"], settings["log_std"],
                        settings["share"] if settings["method"] == "vanilla" else None)
-    nets.load_state_dict(load_checkpoint(folder)["nets"])
+    nets.load_state_dict(load_checkpoint(folder)["learners"])
     return nets, settings["tasks"]
 
 
 def take_task(args: Args) -> tuple[ActorCritic, str]:
-    """A network of one task, cut out of the run that --finetune-from names; and that task."""
+    """A network of one task, cut out of the run that --finetune-from names, whose sizes `args` takes; and that task."""
     source, tasks = load_actor_critic(args.finetune_from)
     name = args.source_task or tasks[0]
     if name not in tasks:
         raise Failure(f"--source-task {name}: {args.finetune_from} has {', '.join(tasks)}")
-    task, hidden = tasks.index(name), source.value.own(0, 0)[0].shape[1]
-    nets = ActorCritic(1, hidden, "network" if source.policy.log_std is None else "parameter", None)
+    task, args.hidden_size = tasks.index(name), source.value.own(0, 0)[0].shape[1]
+    args.log_std = "network" if source.policy.log_std is None else "parameter"
+    nets = ActorCritic(1, args.hidden_size, args.log_std, None)
     with torch.no_grad():
         for ours, theirs in zip(nets.parameters_of(0), source.parameters_of(task)):
             ours.copy_(theirs)
@@ -531,8 +534,10 @@ def train(args: Args) -> Path | None:
     device = pick_device(args.device)
     random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
     names, num_tasks = list(args.tasks), len(args.tasks)
-    if args.method == "finetune":
-        nets, source = take_task(args)
+    saved = args.resume or args.evaluate
+    if args.method == "finetune":                                      # a run that goes on does not need its source
+        nets, source = ((ActorCritic(1, args.hidden_size, args.log_std, None), load_checkpoint(saved)["source"])
+                        if saved else take_task(args))
         freeze(nets, args.finetune_layers)
         names += [source] * (source not in names)                      # evaluated too: what is forgotten of it
     else:
@@ -546,7 +551,7 @@ def train(args: Args) -> Path | None:
         return nets(obs.to(device), heads)[0]
 
     if args.evaluate:
-        nets.load_state_dict(load_checkpoint(args.evaluate)["nets"])
+        nets.load_state_dict(load_checkpoint(args.evaluate)["learners"])
         evaluation = evaluate_cheetahs(policy, names, args.eval_episodes, args.seed, frames=args.capture_video)
         print_table(names, evaluation)
         if args.capture_video:
@@ -562,7 +567,7 @@ def train(args: Args) -> Path | None:
     pool = CheetahPool(names[:num_tasks], args.num_envs, args.seed)
     scale = RewardScale(num_tasks, args.num_envs, args.gamma) if args.norm_reward else None
     if args.resume:
-        nets.load_state_dict(state["nets"])
+        nets.load_state_dict(state["learners"])
         optimizer.load_state_dict(state["optimizer"])
         pool.set_state(state["pool"])
         torch.set_rng_state(state["torch"])
@@ -573,8 +578,8 @@ def train(args: Args) -> Path | None:
 
     def save() -> None:
         """Everything that the next step reads."""
-        run.save(dict(global_step=global_step, nets=nets.state_dict(), optimizer=optimizer.state_dict(),
-                      pool=pool.get_state(), torch=torch.get_rng_state(),
+        run.save(dict(global_step=global_step, learners=nets.state_dict(), optimizer=optimizer.state_dict(),
+                      pool=pool.get_state(), torch=torch.get_rng_state(), source=names[-1],
                       scale=None if scale is None else (scale.running.clone(), scale.moments.clone())))
 
     if not args.resume:

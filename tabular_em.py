@@ -706,8 +706,8 @@ class Run:
         print(f"run folder: {self.dir}")
 
 
-MAY_CHANGE = {"total_timesteps", "device", "eval_every", "eval_episodes", "checkpoint_every", "capture_video",
-              "runs_dir", "resume", "evaluate"}                        # between a run and its continuation
+MAY_CHANGE = {"total_timesteps", "device", "eval_every", "checkpoint_every", "capture_video", "runs_dir", "resume",
+              "evaluate"}                                              # between a run and its continuation
 
 
 def read_args(settings: type, argv: list[str] | None = None):

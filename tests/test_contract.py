@@ -27,13 +27,16 @@ QUICK = {
     "qmp_sac.py": "--tasks 0 4 8 --total-timesteps 6000 --train-every 100 --learning-starts 200 --gradient-steps 3 "
                   "--hidden-size 16 --batch-size 16 --eval-every 900 --eval-episodes 1 --checkpoint-every 600",
     "tabular_em.py": "--trials 3 --total-timesteps 200000 --eval-every 30000 --checkpoint-every 20000",
-    "em_clustering_td3.py": "--num-policies 2 --total-timesteps 6000 --m-step-size 300 --learning-starts 100 "
+    "em_clustering_td3.py": "--num-policies 2 --total-timesteps 7200 --m-step-size 600 --learning-starts 100 "
                             "--update-every 3 --batch-size 16 --hidden-sizes 16 16 --eval-every 600 --eval-episodes 1 "
-                            "--checkpoint-every 600",
+                            "--evals-per-m-step 2 --checkpoint-every 400",
     "pcgrad_sac.py": MT_QUICK, "dgrad_arch_sac.py": MT_QUICK,
+    "multitask_a2c.py": "--tasks SmallFoot BigLeg --num-envs 2 --total-timesteps 3200 --eval-every 400 "
+                        "--eval-episodes 1 --checkpoint-every 300 --hidden-size 8",
 }
 TOTAL = {script: int(re.search(r"--total-timesteps (\d+)", flags)[1]) for script, flags in QUICK.items()}
-RESTARTS_EXACTLY = {"qmp_sac.py", "tabular_em.py", "em_clustering_td3.py"}    # their simulators give their whole state
+RESTARTS_EXACTLY = {"qmp_sac.py", "tabular_em.py", "em_clustering_td3.py",
+                    "multitask_a2c.py"}                    # their simulators give their whole state
 FULL_AT = 0.8                                             # of the last checkpoint: the first fits, a later one does not
 DIVERGES = {"qmp_sac.py": "--lr 1 --gradient-steps 200",  # a step this long overflows float32 after a few updates
             "pcgrad_sac.py": "--lr 1 --critic-lr 1 --max-grad-norm 0 --hidden-sizes 64 64 64 64"}
@@ -256,13 +259,20 @@ BAD_FOR = {
                       ("--resume {run} --env chain", "--env grid, not chain")],
     "em_clustering_td3.py": [("--num-policies 8", "from 1 to 7"), ("--num-policies 0", "from 1 to 7"),
                              ("--method ppt --num-policies 4", "leave --num-policies out"), ("--hidden-sizes 64", "64"),
+                             ("--hidden-sizes 0 4", "at least 1"),
                              ("--action-scale 3", "at most 2"), ("--env track --action-scale 2", "at most 1"),
                              ("--evals-per-m-step 7", "let --evals-per-m-step divide it"),
                              ("--evals-per-m-step 0", "--evals-per-m-step must be"),
-                             ("--exploration-noise -1", "--exploration-noise must be"),
+                             ("--exploration-noise nan", "--exploration-noise must be"),
                              ("--resume {run} --method random-clusters", "--method em, not random-clusters")],
     "pcgrad_sac.py": [*MT_BAD, ("--tasks reach", "at least two tasks"), ("--combine product", "product"),
                       ("--resume {run} --method sac", "--method pcgrad, not sac")],
+    "multitask_a2c.py": [("--tasks SmallNose", "BigTorso"), ("--tasks SmallFoot SmallFoot", "different"),
+                         ("--method finetune", "--finetune-from RUN_FOLDER"), ("--num-steps 3", "must divide"),
+                         ("--method finetune --tasks BigLeg --finetune-from {missing}", "no args.json"),
+                         ("--method finetune --tasks BigLeg --finetune-from {other_script}", "other_script.py"),
+                         ("--method finetune --tasks BigLeg --finetune-from {run} --source-task BigFoot", "SmallFoot"),
+                         ("--resume {run} --share first-layer", "--share paper, not first-layer")],
     "dgrad_arch_sac.py": [*MT_BAD, ("--m-init zeros", "zeros"), ("--task-net-hidden -1", "--task-net-hidden must be"),
                           ("--resume {run} --method sac", "--method dgrad-a, not sac")],
 }
@@ -362,6 +372,7 @@ def test_the_page_names_every_flag(script):
     page = (ROOT / "docs" / script.replace(".py", ".md")).read_text()
     fields = module_of(script).Args.__dataclass_fields__
     assert not [name for name in fields if f"--{name.replace('_', '-')}" not in page]
+    assert not re.search(r"^[A-Z_]{5,}$", page, re.M)      # a placeholder
 
 
 def documented_commands():

@@ -380,6 +380,7 @@ def test_the_stack_equals_independent_td3_learners():
     for name in ("actor", "qf1", "qf2"):                                       # or a slip in the targets would not show
         for param in getattr(learners, name + "_target").parameters():
             param.data += 0.1 * torch.randn_like(param)
+    learners.actor_target.biases[-1].data += 2                                 # target actions must meet the limit
     optimizers, batch = learners.make_optimizers(args.lr), batch_of(3)
     plain = [PlainTD3(learners, row, args) for row in range(3)]
     for count in range(1, 8):
@@ -492,6 +493,13 @@ def test_a_parameter_that_is_not_finite_stops_the_run(tmp_path, capsys):
     torch.save(state, folder / "checkpoint.pt")
     with pytest.raises(em.Failure, match="not finite at step"):
         em.train(em.read_args(em.Args, ["--resume", str(folder), "--total-timesteps", "12000"]))
+    state["learners"] = {name: value.nan_to_num(0) for name, value in state["learners"].items()}
+    state["learners"]["actor.weights.2"][:] = float("nan")
+    torch.save(state, folder / "checkpoint.pt")
+    before = (folder / "checkpoint.pt").read_bytes()
+    with pytest.raises(em.Failure, match="action is not finite at step 1,200"):
+        em.train(em.read_args(em.Args, ["--resume", str(folder), "--total-timesteps", "12000"]))
+    assert (folder / "checkpoint.pt").read_bytes() == before
 
 
 def test_walkers_go_on_with_fresh_episodes(tmp_path, capsys):
@@ -504,3 +512,90 @@ def test_walkers_go_on_with_fresh_episodes(tmp_path, capsys):
         em.EVAL_HORIZON["track"] = kept
     assert "fresh episodes" in capsys.readouterr().out
     assert column(folder, "global_step") == [200, 400, 600, 800] and em.load_checkpoint(folder)["num_added"] == 400
+
+
+# --- what mutations got past ----------------------------------------------------------------------------------------
+def test_updates_begin_after_the_warm_up_every_u_steps_and_policies_every_third(probes, tmp_path, monkeypatch):
+    calls, update = [], em.td3_update
+    monkeypatch.setattr(em, "td3_update", lambda *a: calls.append(a[5]) or update(*a))
+    em.train(small(runs_dir=tmp_path, total_timesteps=600, learning_starts=50, update_every=5))
+    assert calls == ([False, False, True] * 17)[:50]                            # at 55, 60, ..., 300
+
+
+def test_time_limits_of_training_and_of_e_steps(monkeypatch):
+    monkeypatch.setitem(em.HORIZON, "pendulum", 11), monkeypatch.setitem(em.EVAL_HORIZON, "pendulum", 7)
+    args = small(eval_episodes=2)
+    pairs = np.array([0, 1]), np.array([3, 3])
+    assert em.play(args, em.TD3Learners(args, 3, 1), *pairs, np.random.default_rng(0))["steps"] == 2 * 2 * 7
+    assert {env.get_wrapper_attr("_max_episode_steps") for env in em.make_envs(args, [0]).envs} == {11}
+
+
+def test_columns_of_a_scripted_e_step(probes, tmp_path, monkeypatch):
+    table = np.random.default_rng(0).uniform(-9, 0, (7, 2))
+
+    def scripted(args, learners, policies, tasks, rng, frames=False):
+        spread = np.array([-1.0, 0.0, 4.0])                                     # mean 1, first -1
+        returns = table[tasks, policies][:, None] + spread
+        return {"returns": returns, "successes": np.ones_like(returns), "steps": returns.size, "frames": []}
+    monkeypatch.setattr(em, "play", scripted)
+    folder = em.train(small("random-clusters", runs_dir=tmp_path, eval_episodes=3))
+    owners = np.array([column(folder, f"{name}/policy")[-1] for name in em.TASKS["pendulum"]], int)
+    mine = table[range(7), owners] + 1
+    assert column(folder, "max_return")[-1] == pytest.approx(table.max(1).mean() + 1, abs=1e-4)
+    assert column(folder, "mean_return")[-1] == pytest.approx(mine.mean(), abs=1e-4)
+    assert em.load_checkpoint(folder)["history"][-1][2].numpy() == pytest.approx(mine)
+    assert (folder / "assignment.png").exists() and not np.allclose(mine, table.max(1) + 1)
+
+
+def test_rows_more_often_change_no_training_number(tmp_path, monkeypatch):
+    monkeypatch.setitem(em.EVAL_HORIZON, "pendulum", 20)
+    runs = [em.train(small(runs_dir=tmp_path / str(p), eval_every=p, eval_episodes=2)) for p in (1, 1_200)]
+    a, b = map(em.load_checkpoint, runs)
+    assert all(torch.equal(a["learners"][k], b["learners"][k]) for k in a["learners"])
+    assert all(torch.equal(x[2], y[2]) for x, y in zip(a["history"], b["history"]))
+    assert [len(csv_rows(run)) for run in runs] == [3, 2] and torch.equal(a["buffer"], b["buffer"])
+
+
+def test_resumed_within_an_m_step_goes_on_with_its_own_tasks(tmp_path, monkeypatch):
+    monkeypatch.setitem(em.EVAL_HORIZON, "pendulum", 20), monkeypatch.setitem(em.HORIZON, "pendulum", 40)
+    save = em.Run.save
+
+    def keep(self, state):
+        save(self, state)
+        (tmp_path / f"{state['global_step']}.pt").write_bytes((self.dir / "checkpoint.pt").read_bytes())
+    monkeypatch.setattr(em.Run, "save", keep)
+    folder = em.train(small("random-clusters", runs_dir=tmp_path / "runs", checkpoint_every=700))
+    straight = em.load_checkpoint(folder)
+    (folder / "checkpoint.pt").write_bytes((tmp_path / "700.pt").read_bytes())
+    em.train(em.read_args(em.Args, ["--resume", str(folder)]))
+    again = em.load_checkpoint(folder)
+    assert torch.equal(straight["buffer"], again["buffer"])
+    assert all(torch.equal(straight["learners"][k], again["learners"][k]) for k in again["learners"])
+
+
+@pytest.mark.parametrize("method", ["multihead", "surgery"])
+def test_only_surgery_projects(method, monkeypatch):
+    args, calls, weights = small(method), [], em.conflict_weights
+    monkeypatch.setattr(em, "conflict_weights", lambda *a: calls.append(1) or weights(*a))
+    learners = em.TD3Learners(args, 3, 1)
+    em.td3_update(args, learners, learners.make_optimizers(1e-3), batch_of(7), 2.0, True, np.random.default_rng(0))
+    assert len(calls) == (3 if method == "surgery" else 0)                      # two critics and the actor
+
+
+def test_no_episode_survives_its_assignment(probes, tmp_path, monkeypatch):
+    class Long(Probe):                                                          # never ends by itself
+        def step(self, action):
+            self.played.append(self.task)
+            return np.zeros(2, np.float32), -1.0, False, False, {"success": False, "task": self.task}
+    made = []
+
+    def make(args, allowed, horizon):
+        made.append(Long(list(allowed)))
+        return gym.wrappers.RecordEpisodeStatistics(gym.wrappers.TimeLimit(made[-1], 7))
+    monkeypatch.setattr(em, "make_env", make)
+    script = iter([np.array([0, 0, 0, 1, 1, 1, 1]), np.array([1, 1, 1, 0, 0, 0, 0]), np.zeros(7, int)])
+    monkeypatch.setattr(em, "assign_tasks", lambda returns: next(script))
+    em.train(small("em", runs_dir=tmp_path, total_timesteps=1_200))
+    # second M-step's first episode: after 2 resets + 300 steps + 42 autoresets + 1 reset
+    played = made[0].played[2 + 300 + 42:2 + 300 + 42 + 8]
+    assert set(played) <= {3, 4, 5, 6}, played
