@@ -437,9 +437,13 @@ def collect(pool: CheetahPool, nets: ActorCritic, tasks: list[int], num_steps: i
     return (*map(torch.stack, zip(*columns)), last_value), finished
 
 
-def a2c_update(args, nets: ActorCritic, optimizer: torch.optim.Optimizer, rollout: tuple, tasks: list[int],
-               scale: RewardScale | None) -> dict[str, Tensor]:
-    """One A2C step for K tasks on their rollouts; returns the terms of the loss, (K,) each."""
+def a2c_update(args: Args, nets: ActorCritic, optimizer: torch.optim.Optimizer, rollout: tuple, tasks: list[int],
+               scale=None) -> dict[str, Tensor]:
+    """One A2C step for K tasks on their rollouts, their rewards changed by `scale` if there is one.
+
+    Returns:
+        Terms of the loss and the mean deviation of actions, (K,) each.
+    """
     obs, actions, rewards, truncations, final_values, last_value = rollout
     if scale is not None:
         rewards = scale(rewards, truncations, tasks)
@@ -804,7 +808,7 @@ class Run:
             keep = rows[:1] + [row for row in rows[1:] if int(row.split(",")[0]) <= global_step]
             write_whole(self.metrics, lambda tmp: tmp.write_text("".join(keep)))   # the rest is about to be repeated
         pinned = re.findall(r'"([\w-]+)[^"]*==', script.read_text().split("# ///")[1])
-        self.settings = {key: str(v) if isinstance(v, Path) else v for key, v in asdict(args).items()}
+        self.settings = json.loads(json.dumps(asdict(args), default=str))              # paths become text
         about |= {"script": script.stem, "args": self.settings, "versions": {name: version(name) for name in pinned}}
         about["commands"].append(" ".join(sys.argv))
         write_whole(self.dir / "args.json", lambda tmp: tmp.write_text(json.dumps(about, indent=2) + "\n"))

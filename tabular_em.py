@@ -630,7 +630,7 @@ class Run:
             keep = rows[:1] + [row for row in rows[1:] if int(row.split(",")[0]) <= global_step]
             write_whole(self.metrics, lambda tmp: tmp.write_text("".join(keep)))   # the rest is about to be repeated
         pinned = re.findall(r'"([\w-]+)[^"]*==', script.read_text().split("# ///")[1])
-        self.settings = {key: str(v) if isinstance(v, Path) else v for key, v in asdict(args).items()}
+        self.settings = json.loads(json.dumps(asdict(args), default=str))              # paths become text
         about |= {"script": script.stem, "args": self.settings, "versions": {name: version(name) for name in pinned}}
         about["commands"].append(" ".join(sys.argv))
         write_whole(self.dir / "args.json", lambda tmp: tmp.write_text(json.dumps(about, indent=2) + "\n"))

@@ -33,10 +33,12 @@ QUICK = {
     "pcgrad_sac.py": MT_QUICK, "dgrad_arch_sac.py": MT_QUICK,
     "multitask_a2c.py": "--tasks SmallFoot BigLeg --num-envs 2 --total-timesteps 3200 --eval-every 400 "
                         "--eval-episodes 1 --checkpoint-every 300 --hidden-size 8",
+    "distill_a2c.py": "--tasks SmallFoot BigLeg --num-envs 2 --total-timesteps 3200 --eval-every 400 --eval-episodes 1 "
+                      "--checkpoint-every 300 --hidden-size 8 --teacher-timesteps 400 --p-student 0.5",
 }
 TOTAL = {script: int(re.search(r"--total-timesteps (\d+)", flags)[1]) for script, flags in QUICK.items()}
 RESTARTS_EXACTLY = {"qmp_sac.py", "tabular_em.py", "em_clustering_td3.py",
-                    "multitask_a2c.py"}                    # their simulators give their whole state
+                    "multitask_a2c.py", "distill_a2c.py"}                    # their simulators give their whole state
 FULL_AT = 0.8                                             # of the last checkpoint: the first fits, a later one does not
 DIVERGES = {"qmp_sac.py": "--lr 1 --gradient-steps 200",  # a step this long overflows float32 after a few updates
             "pcgrad_sac.py": "--lr 1 --critic-lr 1 --max-grad-norm 0 --hidden-sizes 64 64 64 64"}
@@ -273,6 +275,12 @@ BAD_FOR = {
                          ("--method finetune --tasks BigLeg --finetune-from {other_script}", "other_script.py"),
                          ("--method finetune --tasks BigLeg --finetune-from {run} --source-task BigFoot", "SmallFoot"),
                          ("--resume {run} --share first-layer", "--share paper, not first-layer")],
+    "distill_a2c.py": [("--tasks SmallNose", "BigTorso"), ("--method single", "--tasks SmallFoot"),
+                       ("--p-student 1.5", "from 0 to 1"), ("--teachers {missing}", "no args.json"),
+                       ("--teachers {other_script}", "other_script.py"),
+                       ("--teacher-timesteps 0", "--teacher-timesteps"),
+                       ("--teachers {run}/teachers", "BigFoot, SmallLeg"), ("--loss l1", "l1"),
+                       ("--resume {run} --kl student_teacher", "--kl teacher_student")],
     "dgrad_arch_sac.py": [*MT_BAD, ("--m-init zeros", "zeros"), ("--task-net-hidden -1", "--task-net-hidden must be"),
                           ("--resume {run} --method sac", "--method dgrad-a, not sac")],
 }
