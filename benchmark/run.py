@@ -6,6 +6,7 @@ from their checkpoint, a run that fails does not stop the others and is named at
 """
 from __future__ import annotations
 
+import glob
 import os
 import re
 import shlex
@@ -69,8 +70,9 @@ class Job:
     def command(self) -> list[str]:
         """The plain command line that starts the run, or that goes on with it."""
         checkpoints = sorted(self.folder.glob("*/checkpoint.pt"))
+        start = [found for flag in self.flags for found in (sorted(glob.glob(flag)) or [flag] if "*" in flag else [flag])]
         go_on = ["--resume", str(checkpoints[-1].parent)] if checkpoints else []
-        return [sys.executable, str(ROOT / self.script), *(go_on or [*self.flags, "--runs-dir", str(self.folder)])]
+        return [sys.executable, str(ROOT / self.script), *(go_on or [*start, "--runs-dir", str(self.folder)])]
 
     def run(self) -> int:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -92,11 +94,15 @@ def jobs_of(args: Args) -> list[Job]:
     """The runs of a figure, seed by seed, so that every method is compared early."""
     figure = FIGURES[args.figure]
     scale = figure[args.scale]
-    return [Job(args.runs_dir / args.figure / f"{method}-s{seed}", figure["script"],
-                [*shlex.split(figure["flags"]), *shlex.split(flags), "--seed", str(seed), "--total-timesteps",
-                 str(scale["steps"])], scale["steps"])
-            for seed in args.seeds or scale["seeds"] for method, flags in figure["methods"].items()
-            if not args.methods or method in args.methods]
+    jobs = []
+    for seed in args.seeds or scale["seeds"]:
+        for method, own in figure["methods"].items():
+            if not args.methods or method in args.methods:
+                flags = shlex.split(f"{figure['flags']} {own}".format(runs_dir=args.runs_dir, seed=seed))
+                flags += ["--seed", str(seed)] + ["--total-timesteps", str(scale.get("steps"))] * ("steps" in scale)
+                steps = int(flags[flags.index("--total-timesteps") + 1])
+                jobs.append(Job(args.runs_dir / args.figure / f"{method}-s{seed}", figure["script"], flags, steps))
+    return jobs
 
 
 def watch(jobs: list[Job], done: threading.Event) -> None:
