@@ -70,7 +70,7 @@ class Job:
     def command(self) -> list[str]:
         """The plain command line that starts the run, or that goes on with it."""
         checkpoints = sorted(self.folder.glob("*/checkpoint.pt"))
-        start = [found for flag in self.flags for found in (sorted(glob.glob(flag)) or [flag] if "*" in flag else [flag])]
+        start = [found for flag in self.flags for found in ("*" in flag and sorted(glob.glob(flag))) or [flag]]
         go_on = ["--resume", str(checkpoints[-1].parent)] if checkpoints else []
         return [sys.executable, str(ROOT / self.script), *(go_on or [*start, "--runs-dir", str(self.folder)])]
 
