@@ -819,10 +819,10 @@ def train(args: Args) -> Path | None:
     def save() -> None:
         """Everything that the next step reads."""
         run.save(dict(
-            global_step=global_step, learners=learners.state_dict(), task=task, updates=torch.from_numpy(updates.copy()),
+            global_step=global_step, learners=learners.state_dict(), updates=torch.from_numpy(updates.copy()),
             optimizers=[{name: optimizer.state_dict() for name, optimizer in each.items()} for each in optimizers],
-            world=get_world(envs, obs, rng), task_rng=json.dumps(task_rng.bit_generator.state), block_left=block_left,
-            num_added=torch.from_numpy(buffer.num_added.copy()), collected=dict(collected),
+            world=get_world(envs, obs, rng), task_rng=json.dumps(task_rng.bit_generator.state), task=task,
+            num_added=torch.from_numpy(buffer.num_added.copy()), collected=dict(collected), block_left=block_left,
             buffer=[rows[:count].clone().cpu() for rows, count in zip(buffer.data, buffer.num_added)]))
 
     if not args.resume:

@@ -33,14 +33,18 @@ QUICK = {
     "pcgrad_sac.py": MT_QUICK, "dgrad_arch_sac.py": MT_QUICK,
     "multitask_a2c.py": "--tasks SmallFoot BigLeg --num-envs 2 --total-timesteps 3200 --eval-every 400 "
                         "--eval-episodes 1 --checkpoint-every 300 --hidden-size 8",
+    "picor_sac.py": "--total-timesteps 1600 --horizon 20 --block-steps 30 --learning-starts 25 --hidden-sizes 16 16 "
+                    "--batch-size 16 --eval-every 200 --eval-episodes 1 --checkpoint-every 130 --correction-states 8 "
+                    "--weight-warmup 2",
     "distill_a2c.py": "--tasks SmallFoot BigLeg --num-envs 2 --total-timesteps 3200 --eval-every 400 --eval-episodes 1 "
                       "--checkpoint-every 300 --hidden-size 8 --teacher-timesteps 400 --p-student 0.5",
 }
 TOTAL = {script: int(re.search(r"--total-timesteps (\d+)", flags)[1]) for script, flags in QUICK.items()}
 RESTARTS_EXACTLY = {"qmp_sac.py", "tabular_em.py", "em_clustering_td3.py",
-                    "multitask_a2c.py", "distill_a2c.py"}                    # their simulators give their whole state
+                    "multitask_a2c.py", "distill_a2c.py", "picor_sac.py"}         # their simulators give their whole state
 FULL_AT = 0.8                                             # of the last checkpoint: the first fits, a later one does not
 DIVERGES = {"qmp_sac.py": "--lr 1 --gradient-steps 200",  # a step this long overflows float32 after a few updates
+            "picor_sac.py": "--lr 1 --hidden-sizes 64 64 64 64 --total-timesteps 4000",
             "pcgrad_sac.py": "--lr 1 --critic-lr 1 --max-grad-norm 0 --hidden-sizes 64 64 64 64"}
 every_script = pytest.mark.parametrize("script", [path.name for path in SCRIPTS])
 
@@ -281,6 +285,13 @@ BAD_FOR = {
                        ("--teacher-timesteps 0", "--teacher-timesteps"),
                        ("--teachers {run}/teachers", "BigFoot, SmallLeg"), ("--loss l1", "l1"),
                        ("--resume {run} --kl student_teacher", "--kl teacher_student")],
+    "picor_sac.py": [("--tasks nowhere", "north-east"), ("--tasks north-east north-east", "different"),
+                     ("--c 0.1", "--c must be at most 0"),
+                     ("--critic-heads --critic-batch active", "--critic-batch all"),
+                     ("--env mt4 --horizon 501", "from 1 to 500"), ("--num-goals 0", "from 1 to 50"),
+                     ("--batch-size 3", "use at least 4"), ("--penalty -1", "--penalty must be"),
+                     ("--weight-tau 0", "--weight-tau must be"),
+                     ("--resume {run} --no-correction", "--correction True, not False")],
     "dgrad_arch_sac.py": [*MT_BAD, ("--m-init zeros", "zeros"), ("--task-net-hidden -1", "--task-net-hidden must be"),
                           ("--resume {run} --method sac", "--method dgrad-a, not sac")],
 }

@@ -1,0 +1,363 @@
+"""PiCor: weights, hinge and KL by hand, what the correction may touch, blocks, environments, the four-goal toy."""
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from torch.distributions import Normal, kl_divergence
+
+import multitask_a2c
+import picor_sac as pi
+import qmp_sac
+
+SMALL = dict(total_timesteps=400, horizon=20, block_steps=30, learning_starts=25, hidden_sizes=(16, 16), batch_size=16,
+             eval_every=200, eval_episodes=1, checkpoint_every=10**9, correction_states=8, weight_warmup=2)
+
+
+def small(**settings):
+    return pi.Args(**SMALL | settings)
+
+
+def parts(num_tasks=3, obs_size=5, seed=0, **settings):
+    """Small learners with their optimizers and a filled replay buffer."""
+    args = small(tasks=pi.FAMILIES["goals"][:num_tasks], **settings)
+    torch.manual_seed(seed)
+    learners, = pi.make_picor_learners(args, num_tasks, obs_size, 2)
+    optimizers = learners.make_optimizers(1e-2, 1e-2)
+    optimizers["correction"] = torch.optim.Adam(learners.actor.parameters(), 1e-2)
+    buffer, rng = pi.TaskReplay(num_tasks, 60, obs_size, 2, torch.device("cpu")), np.random.default_rng(seed)
+    for _ in range(60):
+        for task in range(num_tasks):
+            obs, next_obs = rng.normal(size=(2, obs_size))
+            buffer.add(task, obs, rng.uniform(-1, 1, 2), rng.normal(), next_obs, False)
+    return args, learners, optimizers, buffer
+
+
+def copy_of(net):
+    return {name: value.clone() for name, value in net.state_dict().items()}
+
+
+def moved(net, before):
+    return any(not torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+# --- worked numbers --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("alpha, tau, expected", [
+    ((0.2, 0.05), 1.0, (0.537430, 0.462570)), ((0.2, 0.05), 0.1, (0.817574, 0.182426)),
+    ((0.2, 0.05), 0.05, (0.952574, 0.047426)), ((1, 0.5, 0.1), 1.0, (0.496746, 0.301292, 0.201962)),
+    ((1, 0.5, 0.1), 0.5, (0.652240, 0.239946, 0.107815))])
+def test_weights_by_hand(alpha, tau, expected):
+    assert pi.task_weights(torch.tensor(alpha), tau).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("advantages, shortfall", [((-0.05, 0.02), 0.036230), ((0.01, -0.02), 0),
+                                                   ((-0.0005, -0.0002), 0)])
+def test_hinge_by_hand(advantages, shortfall):
+    weights = pi.task_weights(torch.tensor([0.2, 0.05]), 0.1)
+    value = pi.hinge(torch.tensor(advantages), weights, -0.1, 0.99)
+    assert value.item() == pytest.approx(shortfall, abs=1e-6)
+
+
+def test_penalty_and_its_gradient_by_hand():
+    advantages = torch.tensor([-0.05, 0.02], requires_grad=True)
+    shortfall = pi.hinge(advantages, pi.task_weights(torch.tensor([0.2, 0.05]), 0.1), -0.1, 0.99)
+    loss = pi.correction_loss(torch.tensor(0.0), shortfall, 100.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.065631, abs=1e-6)
+    assert advantages.grad.tolist() == pytest.approx([-2.962090, -0.660932], abs=1e-5)
+    assert pi.correction_loss(torch.tensor(0.3), torch.tensor(0.0), 100.0).item() == pytest.approx(0.3)
+
+
+def test_kl_by_hand():
+    first = torch.tensor([0.1, -0.2]), torch.tensor([0.5, 0.4]).log()
+    second = torch.zeros(2), torch.tensor([0.6, 0.4]).log()
+    assert pi.gaussian_kl(*first, *second).tolist() == pytest.approx([0.043433, 0.125], abs=1e-6)
+    assert pi.gaussian_kl(*second, *first).sum().item() == pytest.approx(0.182678, abs=1e-6)
+    expected = kl_divergence(Normal(first[0], first[1].exp()), Normal(second[0], second[1].exp()))
+    torch.testing.assert_close(pi.gaussian_kl(*first, *second), expected)
+
+
+# --- the correction --------------------------------------------------------------------------------------------------
+def test_equal_policies_have_no_advantage_and_nothing_happens():
+    args, learners, optimizers, buffer = parts(c=0.0)
+    states = buffer.sample(np.random.default_rng(0), [0, 1, 2], 8)[0]
+    before = copy_of(learners)
+    old = learners.actor(states)
+    found = pi.correct(args, learners, optimizers["correction"], states, old, torch.full((3,), 1 / 3))
+    assert found["advantage"].abs().max() == 0 and found["hinge"] == 0 and found["steps"] == 0
+    assert not moved(learners, before)
+
+
+class Likes:
+    """A critic of known value: the action's first coordinate, times a sign for each task."""
+
+    def __init__(self, signs):
+        self.signs = torch.tensor(signs)[:, None]
+
+    def __call__(self, obs, actions):
+        return self.signs * actions[..., 0]
+
+    def requires_grad_(self, flag):
+        return self
+
+
+def test_soft_advantage_by_hand():
+    critic, obs = Likes([1.0, -1.0]), torch.zeros(2, 4, 5)
+    mean, log_std, noise, alpha = torch.zeros(2, 4, 2), torch.full((2, 4, 2), -1.0), torch.randn(2, 4, 2), torch.tensor(
+        [[0.5], [0.0]])
+    shifted = mean.clone()
+    shifted[..., 0] = 0.3
+    old, new = (pi.soft_value(critic, critic, obs, m, log_std, noise, alpha) for m in (mean, shifted))
+    a, b = ((m + math.exp(-1) * noise).tanh() for m in (mean, shifted))
+    entropy = torch.log(1 - b.square() + 1e-6).sum(-1) - torch.log(1 - a.square() + 1e-6).sum(-1)  # -log pi grows so
+    spread = torch.tensor([2.0, 4.0])
+    expected = torch.stack([(b - a)[0, :, 0] + 0.5 * entropy[0], -(b - a)[1, :, 0]]).mean(1) / spread
+    torch.testing.assert_close(pi.soft_advantage(new, old, spread), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_loss_is_corrected_towards_what_the_weights_ask_for():
+    """Phase 1 has moved the policy to what task 0 likes; all weight on task 1, its opposite, brings it back."""
+    results = {}
+    for weights in ((1.0, 0.0), (0.0, 1.0)):
+        args, learners, optimizers, buffer = parts(num_tasks=2, correction_steps=20, penalty=100.0, adv_norm=False,
+                                                   hard_advantage=True)
+        learners.qf1 = learners.qf2 = None
+        del learners.qf1, learners.qf2
+        learners.__dict__["qf1"] = learners.__dict__["qf2"] = Likes([1.0, -1.0])
+        states = buffer.sample(np.random.default_rng(0), [0, 1], 8)[0]
+        with torch.no_grad():
+            old = learners.actor(states)
+            learners.actor.net.biases[-1][0, 0, 0] += 0.5                      # to the right
+            here = learners.actor(states)[0][..., 0].mean().item()
+        found = pi.correct(args, learners, optimizers["correction"], states, old, torch.tensor(weights))
+        results[weights] = found, learners.actor(states)[0][..., 0].mean().item() - here
+    (kept, still), (undone, back) = results.values()
+    assert kept["advantage"][0] > 0.1 > -0.1 > kept["advantage"][1]
+    assert kept["hinge"] == 0 and kept["steps"] == 0 == still
+    assert undone["hinge"] > 0.1 and undone["steps"] > 1 and back < -0.05 and undone["kl"] > 0
+
+
+def test_the_correction_leaves_critics_and_temperatures_alone_and_stops_when_nothing_is_lost():
+    args, learners, optimizers, buffer = parts(c=0.0, correction_steps=3, penalty=1e4)
+    states = buffer.sample(np.random.default_rng(0), [0, 1, 2], 8)[0]
+    with torch.no_grad():
+        old = learners.actor(states)
+        for param in learners.actor.parameters():
+            param += 0.3 * torch.randn_like(param)
+    lost, found = {name: copy_of(getattr(learners, name)) for name in ("actor", "qf1", "qf2")}, None
+    for weights in torch.eye(3):
+        found = pi.correct(args, learners, optimizers["correction"], states, old, weights)
+        if found["hinge"] > 0:
+            break
+    assert found["hinge"] > 0 and 1 <= found["steps"] <= 3 and moved(learners.actor, lost["actor"])
+    assert not moved(learners.qf1, lost["qf1"]) and not moved(learners.qf2, lost["qf2"])
+    assert all(param.grad is None for net in (learners.qf1, learners.qf2) for param in net.parameters())
+    assert all(param.requires_grad for param in learners.parameters() if param is not None)
+    relaxed = pi.correct(small(c=-1e9), learners, optimizers["correction"], states, old, weights)
+    assert relaxed["hinge"] == 0 and relaxed["steps"] == 0
+
+
+def test_the_spread_of_q_is_that_of_its_actions():
+    critic, obs = Likes([1.0, 10.0]), torch.zeros(2, 500, 5)
+    mean, log_std = torch.zeros(2, 500, 2), torch.full((2, 500, 2), -2.0)
+    torch.manual_seed(0)
+    spread = pi.q_spread(critic, critic, obs, mean, log_std)
+    assert spread.tolist() == pytest.approx([math.exp(-2) * 0.91, 10 * math.exp(-2) * 0.91], rel=0.1)  # of 4 draws
+
+
+# --- updates ---------------------------------------------------------------------------------------------------------
+def update(args, learners, optimizers, buffer, task=1, seed=3, weights=None):
+    torch.manual_seed(seed)
+    weights = torch.full((len(buffer.data),), 1 / len(buffer.data)) if weights is None else weights
+    return pi.picor_update(args, learners, optimizers, buffer, task, weights, np.random.default_rng(seed))
+
+
+def test_one_task_without_correction_is_plain_sac():
+    args, learners, optimizers, buffer = parts(num_tasks=1, correction=False, batch_size=16)
+    sister_args = qmp_sac.Args(method="separated", tasks=(0,), hidden_size=16)
+    sister = qmp_sac.Learners(sister_args, 1, 5, 2)
+    sister.load_state_dict(learners.state_dict())
+    sister.actor.forward = pi.BoundedActor.forward.__get__(sister.actor)
+    sister_optimizers = sister.make_optimizers(1e-2)
+    for seed in range(3):
+        found = update(args, learners, optimizers, buffer, task=0, seed=seed)
+        torch.manual_seed(seed)
+        batch = buffer.sample(np.random.default_rng(seed), [0], 16)
+        losses = qmp_sac.update(sister_args, sister, sister_optimizers, batch)
+        torch.testing.assert_close(found["critic"], losses["critic"])
+    for name, value in sister.state_dict().items():
+        torch.testing.assert_close(learners.state_dict()[name], value, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("settings, critic_tasks, policy_tasks", [
+    (dict(), 3, 1), (dict(critic_batch="active"), 1, 1), (dict(method="mtsac"), 3, 3),
+    (dict(method="mtsac", mtsac_batch="active"), 1, 1), (dict(method="mtmhsac"), 3, 3),
+    (dict(critic_heads=True), 3, 1)])
+def test_who_learns_from_which_tasks(settings, critic_tasks, policy_tasks, monkeypatch):
+    args, learners, optimizers, buffer = parts(**settings)
+    seen, before = [], learners.log_alpha.detach().clone()
+    for name, position in (("critic_phase", 2), ("policy_phase", 2)):
+        phase = getattr(pi, name)
+        monkeypatch.setattr(pi, name, lambda *a, phase=phase, position=position: seen.append(a[position]) or phase(*a))
+    found = update(args, learners, optimizers, buffer)
+    assert seen[0][0].shape == (critic_tasks, 16 // critic_tasks, 5)
+    assert seen[1].shape == (policy_tasks, 16 // policy_tasks, 5)
+    changed = (learners.log_alpha.detach() != before).tolist()
+    assert changed == ([True] * 3 if policy_tasks == 3 else [False, True, False])      # temperatures of others rest
+    update(args, learners, optimizers, buffer, task=0)
+    assert policy_tasks == 3 or learners.log_alpha[2] == before[2]
+    assert ("advantage" in found) == (args.method == "picor")
+    if "advantage" in found:
+        assert found["advantage"].shape == (3,)
+
+
+def test_weights_without_correction_scale_the_policys_loss(monkeypatch):
+    args, learners, optimizers, buffer = parts(correction=False)
+    scales, phase = [], pi.policy_phase
+    monkeypatch.setattr(pi, "policy_phase", lambda *a: scales.append(a[4]) or phase(*a))
+    update(args, learners, optimizers, buffer, task=1, weights=torch.tensor([0.1, 0.7, 0.2]))
+    update(small(tasks=args.tasks), learners, optimizers, buffer, task=1, weights=torch.tensor([0.1, 0.7, 0.2]))
+    assert scales == [pytest.approx(2.1), 1.0]
+
+
+def test_heads_are_each_tasks_own():
+    _, learners, _, _ = parts(critic_heads=True)
+    assert [len(weight) for weight in learners.qf1.net.weights] == [1, 1, 3]
+    x, a = torch.randn(3, 4, 5), torch.randn(3, 4, 2)
+    torch.testing.assert_close(pi.of_tasks(learners.qf1, [2])(x[2:], a[2:]), learners.qf1(x, a)[2:])
+    assert [len(weight) for weight in parts(method="mtmhsac")[1].actor.net.weights] == [1, 1, 3]
+    assert len(pi.make_picor_learners(small(method="independent"), 3, 5, 2)) == 3
+
+
+def test_replay_keeps_tasks_apart_and_knows_the_recent_past():
+    buffer, rng = pi.TaskReplay(2, 5, 1, 1, torch.device("cpu")), np.random.default_rng(0)
+    for t in range(8):
+        buffer.add(0, [t], [-t], 2 * t, [t + 0.5], t == 6)
+    buffer.add(1, [100], [0], 0, [0], False)
+    obs, actions, rewards, next_obs, ends = buffer.sample(rng, [0, 1], 200)
+    assert set(obs[0].flatten().tolist()) == {3, 4, 5, 6, 7} and set(obs[1].flatten().tolist()) == {100}
+    assert torch.equal(rewards[0], -2 * actions[0, :, 0]) and torch.equal(next_obs[0], obs[0] + 0.5)
+    assert torch.equal(ends[0] == 1, obs[0, :, 0] == 6)
+    assert set(buffer.sample(rng, [0], 100, recent=2)[0].flatten().tolist()) == {6, 7}
+
+
+# --- environments ----------------------------------------------------------------------------------------------------
+def test_goals_by_hand():
+    env = pi.GoalEnv((1.0, -1.0), np.array([0.0, 1.0]))
+    check_env(env, skip_render_check=True)
+    obs, _ = env.reset(seed=0)
+    assert np.abs(obs[:2]).max() <= 0.2 and obs[2:].tolist() == [0, 1]
+    env.position = np.array([0.9, -0.8])
+    obs, reward, terminated, truncated, info = env.step(np.array([5.0, -0.5]))       # clipped to 1
+    assert obs[:2].tolist() == pytest.approx([1.0, -0.85]) and not terminated and not truncated
+    assert reward == pytest.approx(-0.15 + (math.hypot(0, 0.15) < 0.15)) or reward == pytest.approx(0.85)
+    env.position = np.array([0.9, -0.9])
+    assert env.step(np.array([1.0, -1.0]))[1] == pytest.approx(1.0) and env.step(np.zeros(2))[4]["success"]
+    assert set(pi.GOALS.values()) == {(1, 1), (-1, -1), (1, -1), (-1, 1)}
+
+
+def test_cheetahs_are_those_of_the_sister_script_and_gymnasiums():
+    env, pool = pi.CheetahEnv("BigFoot", np.array([1.0, 0.0])), multitask_a2c.CheetahPool(["BigFoot"], 1, 0)
+    check_env(env, skip_render_check=True)
+    obs, _ = env.reset(seed=0)
+    assert obs.shape == (19,) and obs[17:].tolist() == [1, 0]
+    pool.state[0, 0, 1:10], pool.state[0, 0, 10:] = env.data.qpos, env.data.qvel
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        action = generator.uniform(-1.5, 1.5, 6)
+        obs, reward, terminated, _, _ = env.step(action)
+        theirs, rewards, _ = pool.step([0], action[None, None])
+        assert obs[:17] == pytest.approx(theirs[0, 0], abs=1e-5) and reward == pytest.approx(rewards[0, 0], abs=1e-5)
+        assert not terminated
+    assert pi.FAMILIES["halfcheetah"] == ("SmallFoot", "BigFoot", "SmallLeg", "BigLeg", "SmallThigh", "BigThigh",
+                                          "SmallTorso", "BigTorso")
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+def rows_of(folder):
+    return [line.split(",")[:1] + line.split(",")[2:] for line in (folder / "metrics.csv").read_text().splitlines()]
+
+
+ARMS = [dict(), dict(correction=False), dict(adaptive_weights=False), dict(critic_batch="active"), dict(method="mtsac"),
+        dict(critic_heads=True, hard_advantage=True, adv_norm=False, recent=20),
+        dict(method="mtsac", mtsac_batch="active"), dict(method="mtmhsac"),
+        dict(method="independent"), dict(env="halfcheetah", tasks=("BigFoot", "SmallFoot"))]
+
+
+@pytest.mark.parametrize("settings", ARMS)
+def test_every_arm_runs_and_resumes_exactly(settings, tmp_path):
+    straight = pi.train(small(**settings, runs_dir=tmp_path / "straight"))
+    state = pi.load_checkpoint(straight)
+    args = small(**settings)
+    torch.manual_seed(1)
+    obs_size, action_size = (19, 6) if "env" in settings else (6, 2)
+    untrained = pi.make_picor_learners(args, len(args.tasks), obs_size, action_size).state_dict()
+    for name, value in state["learners"].items():
+        resting = args.method == "independent" and state["updates"][int(name.split(".")[0])] == 0
+        assert torch.equal(value, untrained[name]) == resting or "alpha" in name, name
+    assert state["updates"].sum() == 400 - 25 * len(args.tasks) and state["num_added"].sum() == 400
+    folder = pi.train(small(**settings | dict(total_timesteps=230), runs_dir=tmp_path / "parts"))
+    pi.train(pi.read_args(pi.Args, ["--resume", str(folder), "--total-timesteps", "400"]))
+    theirs = pi.load_checkpoint(folder)
+    assert all(torch.equal(value, theirs["learners"][name]) for name, value in state["learners"].items())
+    assert all(torch.equal(one, other) for one, other in zip(state["buffer"], theirs["buffer"]))
+    assert rows_of(folder)[-1][:4] == rows_of(straight)[-1][:4] and (folder / "weights.png").exists()
+
+
+def test_blocks_last_k_steps_and_do_not_reset_on_a_switch(tmp_path, monkeypatch):
+    stepped, resets, step, reset = [], [], pi.GoalEnv.step, pi.GoalEnv.reset
+    monkeypatch.setattr(pi.GoalEnv, "step", lambda self, a: stepped.append(int(self.one_hot.argmax())) or step(self, a))
+    monkeypatch.setattr(pi.GoalEnv, "reset", lambda self, **k: resets.append(len(stepped)) or reset(self, **k))
+    monkeypatch.setattr(pi, "evaluate", lambda args, task_ids, act, frames=False: {
+        "returns": np.zeros((4, 1)), "successes": np.zeros((4, 1)), "frames": []})
+    pi.train(small(runs_dir=tmp_path, total_timesteps=400, task_order="cycle", horizon=40))
+    assert stepped == [0] * 25 + [1] * 25 + [2] * 25 + [3] * 25 + ([0] * 30 + [1] * 30 + [2] * 30 + [3] * 30) * 2 + (
+        [0] * 30 + [1] * 30)
+    assert resets[4:8] == [115, 145, 175, 205]                                 # 25 + 15 steps of a task, not at 100
+    blocks = []
+    for method in ("picor", "mtsac"):
+        stepped.clear()
+        pi.train(small(runs_dir=tmp_path / method, method=method))
+        blocks.append(stepped[:400])
+    assert blocks[0] == blocks[1] and blocks[0][100:] != sorted(blocks[0][100:])
+
+
+def test_weights_stay_equal_until_every_task_has_had_its_updates(tmp_path):
+    for warmup, equal in ((10**6, True), (1, False)):
+        args = small(runs_dir=tmp_path / str(warmup), weight_warmup=warmup, task_order="cycle", alpha_init=0.5, lr=0.01)
+        folder = pi.train(args)
+        header, *rows = rows_of(folder)
+        weights = [float(rows[-1][header.index(f"{name}/weight")]) for name in pi.GOALS]
+        assert sum(weights) == pytest.approx(1, abs=1e-4) and (weights == [0.25] * 4) == equal
+
+
+def test_truncation_is_stored_as_no_end(tmp_path):
+    folder = pi.train(small(runs_dir=tmp_path, horizon=7))
+    for rows in pi.load_checkpoint(folder)["buffer"]:
+        obs, _, _, next_obs, ends = rows.split([6, 2, 1, 6, 1], -1)
+        jumps = (obs[1:] != next_obs[:-1]).any(-1)
+        assert not ends.any() and torch.equal(jumps, torch.arange(1, len(rows)) % 7 == 0)
+
+
+@pytest.mark.parametrize("env, expected", [
+    ("halfcheetah", (1_000, 1_000, 256, 200_000)), ("mt10", (500, 500, 256, 5_000_000)),
+    ("mt4", (200, 200, 256, 200_000)), ("goals", (50, 500, 64, 12_000))])
+def test_presets(env, expected):
+    args = pi.Args(env=env)
+    assert (args.horizon, args.block_steps, args.batch_size, args.total_timesteps) == expected
+    assert (args.c, args.penalty, args.weight_tau, args.correction_steps, args.gamma) == (-0.1, 10, 0.1, 5, 0.99)
+
+
+@pytest.mark.slow
+def test_correction_helps_on_four_goals(tmp_path):
+    """The point mass of the paper's question: with correction more of the four goals are kept than without."""
+    returns = {}
+    for correction in (True, False):
+        for seed in (1, 2):
+            folder = pi.train(pi.Args(correction=correction, seed=seed, task_order="cycle", runs_dir=tmp_path))
+            header, *rows = rows_of(folder)
+            late = [float(row[header.index("mean_return")]) for row in rows[-4:]]
+            returns.setdefault(correction, []).append(np.mean(late))
+    assert np.mean(returns[True]) > np.mean(returns[False]) + 5 and isinstance(gym.Env, type)
