@@ -41,7 +41,7 @@ QUICK = {
 }
 TOTAL = {script: int(re.search(r"--total-timesteps (\d+)", flags)[1]) for script, flags in QUICK.items()}
 RESTARTS_EXACTLY = {"qmp_sac.py", "tabular_em.py", "em_clustering_td3.py",
-                    "multitask_a2c.py", "distill_a2c.py", "picor_sac.py"}         # their simulators give their whole state
+                    "multitask_a2c.py", "distill_a2c.py", "picor_sac.py"}  # their simulators give their whole state
 FULL_AT = 0.8                                             # of the last checkpoint: the first fits, a later one does not
 DIVERGES = {"qmp_sac.py": "--lr 1 --gradient-steps 200",  # a step this long overflows float32 after a few updates
             "picor_sac.py": "--lr 1 --hidden-sizes 64 64 64 64 --total-timesteps 4000",
