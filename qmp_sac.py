@@ -1023,7 +1023,7 @@ def plot_mixture(path: Path, counts: Tensor, names: list[str]) -> None:
         for (row, column), value in np.ndenumerate(values):
             if axis is right or row != column:
                 axis.text(column, row, f"{100 * value:.0f}%", ha="center", va="center", fontsize=8,
-                          color="white" if value * len(names) > 1.6 else "black")
+                          color="white" if abs(value * len(names) - 1) > 0.6 else "black")
         axis.set_title(title, fontsize=9)
         axis.set(xticks=[], yticks=[])
     left.set_xticks(range(len(names)), names, rotation=45)

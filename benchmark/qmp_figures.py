@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -118,6 +119,9 @@ class Family:
         right.set(xlabel="environment steps, summed over tasks", ylabel="QMP: share of steps by the own policy")
         right.legend(frameon=False, fontsize=7, ncols=2)
         figure.savefig(self.results / "curves.png", dpi=120)
+        sys.path.insert(0, str(ROOT))
+        from qmp_sac import plot_mixture
+        plot_mixture(self.results / "mixture.png", torch.from_numpy(self.mixtures("qmp")), tasks)     # mean over seeds
 
     def summary(self) -> str:
         """Markdown: success at a few points and over the last quarter, per task; what training reached; borrowing."""
