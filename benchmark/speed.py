@@ -158,6 +158,148 @@ def qmp_sac_on(env: str, steps: int) -> None:
                   f"--env {env} --method {method}, {steps:,} steps", update=times["ensemble"] / 1e3 * updates)
 
 
+# --- em_clustering_td3 -----------------------------------------------------------------------------------------------
+def em_clustering_td3() -> None:
+    import em_clustering_td3 as em
+    for env, obs_size, action_size in (("pendulum", 3, 1), ("track", 24, 4)):
+        updates, rng = {}, np.random.default_rng(0)
+        for n in (1, 4):
+            args = em.Args(env=env, num_policies=n, m_step_size=1_000)
+            learners = em.TD3Learners(args, obs_size, action_size)
+            buffer = em.ReplayBuffer(n, 5_000, obs_size, action_size, torch.device("cpu"))
+            buffer.data.normal_()
+            buffer.num_added = 5_000
+            updates[f"n = {n}"] = _td3_updates(em, args, learners, learners.make_optimizers(args.lr), buffer, rng)
+        times = milliseconds(updates, repetitions=7 if env == "track" else 25)
+        line(f"{env}: three updates of one policy, batch {args.batch_size}", f"{times['n = 1']:.1f} ms")
+        line("of four policies, stacked", f"{times['n = 4']:.1f} ms: {times['n = 4'] / times['n = 1']:.2f} x; "
+             f"a loop over them would be 4 x")
+    whole_run("em_clustering_td3", ["--total-timesteps", "40000", "--m-step-size", "10000", "--learning-starts", "500",
+                                    "--eval-episodes", "5"], "pendulum, em, 40,000 steps, 5 episodes per E-step pair")
+
+
+def _td3_updates(em, args, learners, optimizers, buffer, rng):
+    def three():
+        for i in range(3):                                             # one of them moves policies and targets
+            em.td3_update(args, learners, optimizers, buffer.sample(rng, args.batch_size), 1.0, i == 2, rng)
+    return three
+
+
+# --- pcgrad_sac, dgrad_arch_sac --------------------------------------------------------------------------------------
+def _joint_updates(module, args, learners, num_tasks, surgery, rng):
+    optimizers = learners.make_optimizers(args.lr, args.critic_lr)
+    buffer = module.ReplayBuffer(num_tasks, 2_000, 39 + num_tasks, 4, torch.device("cpu"))
+    buffer.data.normal_()
+    buffer.num_added = 2_000
+
+    def one():
+        orders = (lambda: module.draw_visit_order(num_tasks, rng)) if surgery else (lambda: None)
+        batch = buffer.sample(rng, args.batch_size)
+        module.joint_update(learners, optimizers, batch, 0.99, 0.005, 1.0, surgery, orders)
+    return one
+
+
+def pcgrad_sac() -> None:
+    import pcgrad_sac as pc
+    for env, num_tasks in (("mt4", 4), ("mt10", 10)):
+        rng, args = np.random.default_rng(0), pc.Args(env=env)
+        updates = {method: _joint_updates(pc, args, pc.make_learners(args, num_tasks, 39 + num_tasks, 4), num_tasks,
+                                          method == "pcgrad", rng) for method in ("sac", "pcgrad")}
+        times = milliseconds(updates, repetitions=9)
+        line(f"{env}: update of sac, batch {num_tasks} x {args.batch_size}, {args.hidden_sizes}",
+             f"{times['sac']:.1f} ms")
+        line("with surgery", f"{times['pcgrad']:.1f} ms: {times['pcgrad'] / times['sac']:.2f} x")
+    start = time.perf_counter()
+    envs = pc.make_envs(pc.Args(env="mt10"), list(range(10)))
+    line("construction of MT10", f"{time.perf_counter() - start:.1f} s")
+    envs.reset(seed=0)
+    actions = np.zeros((10, 4), np.float32)
+    step = milliseconds({"step": lambda: envs.step(actions)}, repetitions=100)["step"]
+    line("stepping MT10, per lock-step of ten", f"{step:.2f} ms: {10 / step * 1e3:,.0f} steps/s")
+    whole_run("pcgrad_sac", ["--total-timesteps", "12000", "--learning-starts", "500", "--eval-every", "12000",
+                             "--eval-episodes", "1"], "mt4, pcgrad, 12,000 steps")
+
+
+def dgrad_arch_sac() -> None:
+    import dgrad_arch_sac as dg
+    for env, num_tasks in (("mt4", 4), ("mt10", 10)):
+        updates = {}
+        for method in ("sac", "dgrad-a", "film"):
+            args = dg.Args(env=env, method=method)
+            learners = dg.make_modular_learners(args, num_tasks, 39 + num_tasks, 4)
+            updates[method] = _joint_updates(dg, args, learners, num_tasks, False, np.random.default_rng(0))
+        times = milliseconds(updates, repetitions=7)
+        line(f"{env}: update of sac", f"{times['sac']:.1f} ms")
+        for method in ("dgrad-a", "film"):
+            line(f"of {method}", f"{times[method]:.1f} ms: {times[method] / times['sac']:.2f} x")
+
+
+# --- multitask_a2c, distill_a2c --------------------------------------------------------------------------------------
+def multitask_a2c() -> None:
+    import gymnasium as gym
+    from gymnasium.vector import SyncVectorEnv
+
+    import multitask_a2c as a2c
+    args, cpu, tasks = a2c.Args(), torch.device("cpu"), list(range(6))
+    pool, rng = a2c.CheetahPool(list(args.tasks), 16, 0), np.random.default_rng(0)
+    stock = SyncVectorEnv([lambda: gym.make("HalfCheetah-v5") for _ in range(16)])
+    stock.reset(seed=0)
+    actions = rng.uniform(-1, 1, (6, 16, 6)).astype(np.float32)
+    nets = a2c.ActorCritic(6, 64, "parameter", None)
+    optimizer = torch.optim.RMSprop(nets.parameters(), lr=7e-4, alpha=0.99, eps=1e-5)
+    shared = a2c.ActorCritic(6, 64, "parameter", "paper")
+    shared_optimizer = torch.optim.RMSprop(shared.parameters(), lr=7e-4, alpha=0.99, eps=1e-5)
+
+    def round_of(nets, optimizer, groups):
+        for group in groups:
+            rollout, _ = a2c.collect(pool, nets, group, 5, cpu)
+            a2c.a2c_update(args, nets, optimizer, rollout, group)
+            for task in group:
+                pool.reset(task)                                       # or time limits would come up in between
+    rollout, _ = a2c.collect(pool, nets, tasks, 5, cpu)
+    times = milliseconds({
+        "pool": lambda: pool.step(tasks, actions), "stock": lambda: stock.step(actions[0]),
+        "update": lambda: a2c.a2c_update(args, nets, optimizer, rollout, tasks),
+        "scratch": lambda: round_of(nets, optimizer, [tasks]),
+        "vanilla": lambda: round_of(shared, shared_optimizer, [[task] for task in tasks])}, repetitions=25)
+    line("stepping 6 x 16 cheetahs, MuJoCo's rollout", f"{96 / times['pool'] * 1e3:,.0f} steps/s")
+    line("stepping 16 with Gymnasium's SyncVectorEnv", f"{16 / times['stock'] * 1e3:,.0f} steps/s")
+    line("scratch, whole program", f"{480 / times['scratch'] * 1e3:,.0f} steps/s; simulating is "
+         f"{5 * times['pool'] / times['scratch']:.0%} of the time")
+    line("vanilla, whole program", f"{480 / times['vanilla'] * 1e3:,.0f} steps/s; simulating is "
+         f"{5 * times['pool'] / times['vanilla']:.0%} of the time")
+
+
+# --- picor_sac -------------------------------------------------------------------------------------------------------
+def picor_sac() -> None:
+    import picor_sac as pi
+    real = pi.hinge
+    for env, sizes, obs_size, action_size in (("halfcheetah", (256, 256), 25, 6), ("halfcheetah", (512, 512), 25, 6)):
+        updates, weights = {}, torch.full((8,), 1 / 8)
+        for name, settings in (("sac", dict(correction=False)), ("one", dict(correction_steps=1, c=0.0)),
+                               ("five", dict(correction_steps=5, c=0.0))):
+            args = pi.Args(env=env, hidden_sizes=sizes, **settings)
+            learners, = pi.make_picor_learners(args, 8, obs_size, action_size)
+            optimizers = learners.make_optimizers(args.lr, args.lr)
+            optimizers["correction"] = torch.optim.Adam(learners.actor.parameters(), lr=args.lr, fused=True)
+            buffer = pi.TaskReplay(8, 2_000, obs_size, action_size, torch.device("cpu"))
+            buffer.data.normal_()
+            buffer.num_added[:] = 2_000
+            updates[name] = _picor_update(pi, args, learners, optimizers, buffer, weights)
+        pi.hinge = lambda *a: real(*a) + 1e-3                          # always something to correct
+        times = milliseconds(updates, repetitions=15)
+        pi.hinge = real
+        line(f"{env}, {sizes}, batch {args.batch_size}: update without correction", f"{times['sac']:.1f} ms")
+        line("with one correction step", f"{times['one']:.1f} ms: {times['one'] / times['sac']:.2f} x")
+        line("with five", f"{times['five']:.1f} ms: {times['five'] / times['sac']:.2f} x")
+    whole_run("picor_sac", ["--total-timesteps", "4000", "--eval-every", "4000"], "goals, 4,000 steps")
+
+
+def _picor_update(pi, args, learners, optimizers, buffer, weights):
+    rng = np.random.default_rng(0)
+    return lambda: pi.picor_update(args, learners, optimizers, buffer, 0, weights, rng)
+
+
 def whole_run(script: str, arguments: list[str], label: str, update: float | None = None) -> None:
     """Run a script as a user does; report steps per second between start-up and end, and the peak of its memory.
 
@@ -179,6 +321,7 @@ if __name__ == "__main__":
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
           f"torch {torch.__version__}\n")
     print("| measured | value |\n|---|---|")
-    for name in sys.argv[1:] or ["qmp_sac"]:
+    for name in sys.argv[1:] or ["qmp_sac", "em_clustering_td3", "pcgrad_sac", "dgrad_arch_sac", "multitask_a2c",
+                                 "picor_sac"]:
         line(f"**{name}.py**", "")
         globals()[name]()
