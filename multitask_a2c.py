@@ -419,7 +419,7 @@ def collect(pool: CheetahPool, nets: ActorCritic, tasks: list[int], num_steps: i
     for _ in range(num_steps):
         obs = torch.from_numpy(pool.observe(tasks)).to(device)         # (K, P, 17)
         with torch.no_grad():
-            mean, log_std, _ = nets(obs, tasks)
+            mean, log_std = nets.policy(nets.filter(obs, tasks), tasks)
             actions = mean + log_std.exp() * torch.randn_like(mean)    # neither squashed nor clipped
         led_to, rewards, ended = pool.step(tasks, actions.cpu().numpy())
         rewards = torch.from_numpy(rewards).to(device)
