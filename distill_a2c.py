@@ -117,7 +117,7 @@ class Args:
     gamma: float = 0.99
     """discount factor of the teachers' A2C"""
     value_coef: float = 0.5
-    """weight of half the squared advantage in the teachers' loss"""
+    """weight of the squared advantage in the teachers' loss"""
     entropy_coef: float = 0.01
     """weight of the entropy bonus in the teachers' loss [reward per nat]"""
     max_grad_norm: float = 0.5
@@ -306,17 +306,22 @@ class ObservationFilter(nn.Module):
         self.register_buffer("total", torch.zeros(num_tasks, size, dtype=torch.float64))
         self.register_buffer("squares", torch.full((num_tasks, size), 1e-2, dtype=torch.float64))
 
+    def _apply(self, fn, recurse=True):
+        return self                                                    # statistics stay on the CPU: MPS has no float64
+
     def update(self, obs: Tensor, tasks: list[int]) -> None:
         """Count (K, N, 17) observations."""
+        obs = obs.cpu().double()
         self.count[tasks] += obs.shape[1]
-        self.total[tasks] += obs.double().sum(1)
-        self.squares[tasks] += obs.double().square().sum(1)
+        self.total[tasks] += obs.sum(1)
+        self.squares[tasks] += obs.square().sum(1)
 
     def forward(self, obs: Tensor, tasks: list[int]) -> Tensor:
         """(K, B, 17) -> the same, standardised."""
         mean = self.total[tasks] / self.count[tasks]
         variance = (self.squares[tasks] / self.count[tasks] - mean.square()).clamp(min=1e-2)
-        return ((obs - mean[:, None].float()) / variance.sqrt()[:, None].float()).clamp(-5.0, 5.0)
+        mean, deviation = (x[:, None].float().to(obs.device) for x in (mean, variance.sqrt()))
+        return ((obs - mean) / deviation).clamp(-5.0, 5.0)
 
 
 class ActorCritic(nn.Module):
@@ -389,7 +394,7 @@ def visit_states(pool: CheetahPool, actor, tasks: list[int], num_steps: int, dev
         obs = torch.from_numpy(pool.observe(tasks)).to(device)         # (K, P, 17)
         with torch.no_grad():
             mean, log_std = actor(obs, tasks)[:2]
-            actions = mean + log_std.exp() * torch.randn_like(mean)
+            actions = mean + log_std.exp() * torch.randn(mean.shape).to(device)
         _, _, ended = pool.step(tasks, actions.cpu().numpy())
         for row in np.flatnonzero(ended):
             finished.append((tasks[row], pool.returns[tasks[row]].copy()))
@@ -463,7 +468,8 @@ def collect(pool: CheetahPool, nets: ActorCritic, tasks: list[int], num_steps: i
         obs = torch.from_numpy(pool.observe(tasks)).to(device)         # (K, P, 17)
         with torch.no_grad():
             mean, log_std = nets.policy(nets.filter(obs, tasks), tasks)
-            actions = mean + log_std.exp() * torch.randn_like(mean)    # neither squashed nor clipped
+            noise = torch.randn(mean.shape).to(device)                 # of the CPU's generator, whatever the device
+            actions = mean + log_std.exp() * noise                     # neither squashed nor clipped
         led_to, rewards, ended = pool.step(tasks, actions.cpu().numpy())
         rewards = torch.from_numpy(rewards).to(device)
         truncations, final_values = torch.zeros_like(rewards), torch.zeros_like(rewards)
@@ -528,7 +534,7 @@ def evaluate_cheetahs(policy, names: list[str], episodes: int, seed: int, frames
     return {"returns": pool.returns, "successes": pool.returns >= GOOD_RETURN, "frames": film}
 
 
-TABLE_2 = {"distillation 1M": dict(zip(PAPER, (1348.30, -63.07, 1413.55, 838.35, 2116.94, 1323.61)))}
+TABLE_2 = {"paper, distillation 1M": dict(zip(PAPER, (1348.30, -63.07, 1413.55, 838.35, 2116.94, 1323.61)))}
 
 
 def load_actor_critic(folder: Path) -> tuple[ActorCritic, list[str]]:
@@ -554,7 +560,7 @@ def load_teachers(args: Args) -> ActorCritic:
         found |= {name: (nets, task) for task, name in enumerate(tasks)}
     if missing := [name for name in args.tasks if name not in found]:
         raise Failure(f"--teachers: none of those runs has {', '.join(missing)}; they have {', '.join(found)}")
-    hidden, free = ({describe(nets) for nets, _ in found.values()} for describe in
+    hidden, free = ({describe(found[name][0]) for name in args.tasks} for describe in
                     (lambda nets: nets.value.own(0, 0)[0].shape[1], lambda nets: nets.policy.log_std is not None))
     if len(hidden) > 1 or len(free) > 1:
         raise Failure("--teachers must have been trained with the same --hidden-size and --log-std")
@@ -586,19 +592,25 @@ def train_teachers(args: Args, run: Run, state: dict, save, device: torch.device
         pool.set_state(state["pool"])
         torch.set_rng_state(state["torch"])                            # after the draws for initial weights
     earned, total = {}, args.teacher_timesteps
+
+    def save_teachers() -> None:
+        check_finite(step, dict(nets.named_parameters()))              # keeps the last good one
+        save(dict(teacher_step=step, teachers=nets.state_dict(), teacher_optimizer=optimizer.state_dict(),
+                  pool=pool.get_state()))
+
     while step < total and not run.stop_signal:
         rollout, finished = collect(pool, nets, tasks, args.num_steps, device)
         losses = a2c_update(args, nets, optimizer, rollout, tasks)
         previous, step = step, step + len(tasks) * args.num_envs * args.num_steps
         earned |= {task: returns.mean() for task, returns in finished}
         if crossed(previous, step, args.eval_every) or step >= total:
-            check_finite(0, losses | dict(nets.named_parameters()))
+            check_finite(step, losses | dict(nets.named_parameters()))
             progress = f"training return {np.mean(list(earned.values())):.1f}" if earned else "no episode has ended yet"
             print(f"teachers: step {min(step, total):,}/{total:,}  {progress}", flush=True)
-        if crossed(previous, step, args.checkpoint_every) or step >= total or run.stop_signal:
-            save(dict(teacher_step=step, teachers=nets.state_dict(), teacher_optimizer=optimizer.state_dict(),
-                      pool=pool.get_state()))
+        if crossed(previous, step, args.checkpoint_every) or step >= total:
+            save_teachers()
     if run.stop_signal:
+        save_teachers()
         return nets
     folder = run.dir / "teachers"
     folder.mkdir(exist_ok=True)
@@ -624,7 +636,10 @@ def train(args: Args) -> Path | None:
         return student(obs.to(device), heads)[0]
 
     if args.evaluate:
-        student.load_state_dict(load_checkpoint(args.evaluate)["learners"])
+        state = load_checkpoint(args.evaluate)
+        if state["teacher_step"] is not None:
+            raise Failure(f"--evaluate {args.evaluate}: its teachers are not done yet; --resume it first")
+        student.load_state_dict(state["learners"])
         evaluation = evaluate_cheetahs(policy, names, args.eval_episodes, args.seed, frames=args.capture_video)
         print_table(names, evaluation)
         if args.capture_video:
@@ -643,6 +658,7 @@ def train(args: Args) -> Path | None:
 
     def save(teaching: dict | None = None) -> None:
         """Everything that the next step reads; `teaching`: what the training of teachers has instead of a student's."""
+        check_finite(global_step, dict(student.named_parameters()))    # keeps the last good one
         run.save(dict(
             global_step=global_step, learners=student.state_dict(), optimizer=optimizer.state_dict(),
             torch=torch.get_rng_state(), numpy=json.dumps(rng.bit_generator.state), pool=pool.get_state(),
@@ -666,6 +682,7 @@ def train(args: Args) -> Path | None:
         if not run.stop_signal:
             teachers = nets
             save()
+        run.earlier_seconds, run.started = run.seconds(), time.perf_counter()      # speed is the student's
     if teachers is not None:
         teachers.requires_grad_(False)
 
@@ -689,6 +706,7 @@ def train(args: Args) -> Path | None:
             evaluation = evaluate_cheetahs(policy, names, args.eval_episodes, args.seed)
             columns = {f"{name}/median": np.median(returns) for name, returns in zip(names, evaluation["returns"])}
             columns |= {f"{name}/{args.loss}": losses[task][args.loss][-1].item() for task, name in enumerate(names)}
+            check_finite(global_step, {name: losses[task][args.loss][-1] for task, name in enumerate(names)})
             run.log_evaluation(global_step, evaluation, columns)
         if crossed(previous_step, global_step, LOG_EVERY) or evaluate_now:
             log_terms(run, names, losses, student, global_step)
@@ -702,7 +720,7 @@ def train(args: Args) -> Path | None:
     if not run.stop_signal:
         taught = evaluate_cheetahs(lambda obs: teachers(obs.to(device), heads)[0], names, args.eval_episodes, args.seed)
         evaluation = evaluate_cheetahs(policy, names, args.eval_episodes, args.seed, frames=args.capture_video)
-        own = {"teacher": dict(zip(names, np.median(taught["returns"], axis=1)))}
+        own = {"teacher, median": dict(zip(names, np.median(taught["returns"], axis=1)))}
         plot_tasks(run.dir / "tasks.png", names, evaluation["returns"], own | TABLE_2)
         plot_divergence(run.dir, names, args.loss)
         if args.capture_video:
@@ -740,7 +758,7 @@ def plot_tasks(path: Path, names: list[str], returns: np.ndarray, published: dic
     for colour, (label, values) in enumerate(published.items()):
         known = [i for i, name in enumerate(names) if name in values]
         axis.plot([i + 0.15 for i in known], [values[names[i]] for i in known], "D", color=f"C{colour}",
-                  label=f"paper, {label}")
+                  label=label)
     axis.set_xticks(range(len(names)), names)
     axis.set(ylabel="return", xlim=(-0.5, len(names) - 0.5))
     axis.legend(frameon=False, fontsize=8)

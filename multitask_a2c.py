@@ -108,7 +108,8 @@ class Args:
     share: Literal["paper", "first-layer"] = "paper"
     """what vanilla shares: both hidden layers of the policy and the critic's first, or the first of each (the code)"""
     log_std: Literal["parameter", "network"] = "parameter"
-    """log standard deviation of actions: free numbers per task (authors' code), or an output of the policy (paper)"""
+    """log standard deviation of actions: free numbers per task (authors' code), or an output of the policy (paper);
+    finetune has that of its source"""
     norm_reward: bool = False
     """divide each task's rewards by the running deviation of its discounted return, clipped to +-10"""
     num_envs: int = 16
@@ -116,13 +117,13 @@ class Args:
     num_steps: int = 5
     """steps of a rollout, paper: t_max; each ends with an update"""
     hidden_size: int = 64
-    """width of the two hidden layers of policy and critic"""
+    """width of the two hidden layers of policy and critic; finetune has that of its source"""
     lr: float = 7e-4
     """RMSprop step size"""
     gamma: float = 0.99
     """discount factor"""
     value_coef: float = 0.5
-    """weight of half the squared advantage in the loss"""
+    """weight of the squared advantage in the loss"""
     entropy_coef: float = 0.01
     """weight of the entropy bonus [reward per nat]"""
     max_grad_norm: float = 0.5
@@ -137,6 +138,8 @@ class Args:
         if self.method == "finetune" and (len(self.tasks) != 1 or self.finetune_from is None):
             raise ValueError("--method finetune needs one task to learn and a run to start from: "
                              "--tasks SmallLeg --finetune-from RUN_FOLDER")
+        if self.method != "finetune" and (self.finetune_from or self.source_task):
+            raise ValueError("--finetune-from and --source-task go with --method finetune")
         if self.finetune_from is not None:
             self.finetune_from = Path(self.finetune_from)              # args.json holds text
         if self.total_timesteps is None:
@@ -309,17 +312,22 @@ class ObservationFilter(nn.Module):
         self.register_buffer("total", torch.zeros(num_tasks, size, dtype=torch.float64))
         self.register_buffer("squares", torch.full((num_tasks, size), 1e-2, dtype=torch.float64))
 
+    def _apply(self, fn, recurse=True):
+        return self                                                    # statistics stay on the CPU: MPS has no float64
+
     def update(self, obs: Tensor, tasks: list[int]) -> None:
         """Count (K, N, 17) observations."""
+        obs = obs.cpu().double()
         self.count[tasks] += obs.shape[1]
-        self.total[tasks] += obs.double().sum(1)
-        self.squares[tasks] += obs.double().square().sum(1)
+        self.total[tasks] += obs.sum(1)
+        self.squares[tasks] += obs.square().sum(1)
 
     def forward(self, obs: Tensor, tasks: list[int]) -> Tensor:
         """(K, B, 17) -> the same, standardised."""
         mean = self.total[tasks] / self.count[tasks]
         variance = (self.squares[tasks] / self.count[tasks] - mean.square()).clamp(min=1e-2)
-        return ((obs - mean[:, None].float()) / variance.sqrt()[:, None].float()).clamp(-5.0, 5.0)
+        mean, deviation = (x[:, None].float().to(obs.device) for x in (mean, variance.sqrt()))
+        return ((obs - mean) / deviation).clamp(-5.0, 5.0)
 
 
 class ActorCritic(nn.Module):
@@ -420,7 +428,8 @@ def collect(pool: CheetahPool, nets: ActorCritic, tasks: list[int], num_steps: i
         obs = torch.from_numpy(pool.observe(tasks)).to(device)         # (K, P, 17)
         with torch.no_grad():
             mean, log_std = nets.policy(nets.filter(obs, tasks), tasks)
-            actions = mean + log_std.exp() * torch.randn_like(mean)    # neither squashed nor clipped
+            noise = torch.randn(mean.shape).to(device)                 # of the CPU's generator, whatever the device
+            actions = mean + log_std.exp() * noise                     # neither squashed nor clipped
         led_to, rewards, ended = pool.step(tasks, actions.cpu().numpy())
         rewards = torch.from_numpy(rewards).to(device)
         truncations, final_values = torch.zeros_like(rewards), torch.zeros_like(rewards)
@@ -485,9 +494,9 @@ def evaluate_cheetahs(policy, names: list[str], episodes: int, seed: int, frames
     return {"returns": pool.returns, "successes": pool.returns >= GOOD_RETURN, "frames": film}
 
 
-TABLE_2 = {"scratch 3M": dict(zip(PAPER, (1326.30, 37.80, 1420.77, 1444.21, 2116.10, 1312.50))),
-           "distillation 1M": dict(zip(PAPER, (1348.30, -63.07, 1413.55, 838.35, 2116.94, 1323.61))),
-           "vanilla 1M": dict(zip(PAPER, (1480.89, 2188.11, 1525.09, 1874.04, 2276.11, 1428.97)))}
+TABLE_2 = {"paper, scratch 3M": dict(zip(PAPER, (1326.30, 37.80, 1420.77, 1444.21, 2116.10, 1312.50))),
+           "paper, distillation 1M": dict(zip(PAPER, (1348.30, -63.07, 1413.55, 838.35, 2116.94, 1323.61))),
+           "paper, vanilla 1M": dict(zip(PAPER, (1480.89, 2188.11, 1525.09, 1874.04, 2276.11, 1428.97)))}
 
 
 def load_actor_critic(folder: Path) -> tuple[ActorCritic, list[str]]:
@@ -511,6 +520,7 @@ def take_task(args: Args) -> tuple[ActorCritic, str]:
     name = args.source_task or tasks[0]
     if name not in tasks:
         raise Failure(f"--source-task {name}: {args.finetune_from} has {', '.join(tasks)}")
+    args.source_task = name
     task, args.hidden_size = tasks.index(name), source.value.own(0, 0)[0].shape[1]
     args.log_std = "network" if source.policy.log_std is None else "parameter"
     nets = ActorCritic(1, args.hidden_size, args.log_std, None)
@@ -582,6 +592,7 @@ def train(args: Args) -> Path | None:
 
     def save() -> None:
         """Everything that the next step reads."""
+        check_finite(global_step, dict(nets.named_parameters()))       # keeps the last good one
         run.save(dict(global_step=global_step, learners=nets.state_dict(), optimizer=optimizer.state_dict(),
                       pool=pool.get_state(), torch=torch.get_rng_state(), source=names[-1],
                       scale=None if scale is None else (scale.running.clone(), scale.moments.clone())))
@@ -657,7 +668,7 @@ def plot_tasks(path: Path, names: list[str], returns: np.ndarray, published: dic
     for colour, (label, values) in enumerate(published.items()):
         known = [i for i, name in enumerate(names) if name in values]
         axis.plot([i + 0.15 for i in known], [values[names[i]] for i in known], "D", color=f"C{colour}",
-                  label=f"paper, {label}")
+                  label=label)
     axis.set_xticks(range(len(names)), names)
     axis.set(ylabel="return", xlim=(-0.5, len(names) - 0.5))
     axis.legend(frameon=False, fontsize=8)

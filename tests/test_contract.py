@@ -44,6 +44,8 @@ RESTARTS_EXACTLY = {"qmp_sac.py", "tabular_em.py", "em_clustering_td3.py",
                     "multitask_a2c.py", "distill_a2c.py", "picor_sac.py"}  # their simulators give their whole state
 FULL_AT = 0.8                                             # of the last checkpoint: the first fits, a later one does not
 DIVERGES = {"qmp_sac.py": "--lr 1 --gradient-steps 200",  # a step this long overflows float32 after a few updates
+            "multitask_a2c.py": "--lr 1 --max-grad-norm 0 --value-coef 1e38 --checkpoint-every 10",
+            "distill_a2c.py": "--lr 1 --max-grad-norm 0 --value-coef 1e38 --checkpoint-every 10",
             "picor_sac.py": "--lr 1 --hidden-sizes 64 64 64 64 --total-timesteps 4000",
             "pcgrad_sac.py": "--lr 1 --critic-lr 1 --max-grad-norm 0 --hidden-sizes 64 64 64 64"}
 every_script = pytest.mark.parametrize("script", [path.name for path in SCRIPTS])
@@ -275,6 +277,7 @@ BAD_FOR = {
                       ("--resume {run} --method sac", "--method pcgrad, not sac")],
     "multitask_a2c.py": [("--tasks SmallNose", "BigTorso"), ("--tasks SmallFoot SmallFoot", "different"),
                          ("--method finetune", "--finetune-from RUN_FOLDER"), ("--num-steps 3", "must divide"),
+                         ("--source-task SmallFoot", "go with --method finetune"),
                          ("--method finetune --tasks BigLeg --finetune-from {missing}", "no args.json"),
                          ("--method finetune --tasks BigLeg --finetune-from {other_script}", "other_script.py"),
                          ("--method finetune --tasks BigLeg --finetune-from {run} --source-task BigFoot", "SmallFoot"),

@@ -139,7 +139,7 @@ def test_every_variant_runs_and_resumes_exactly(settings, tmp_path):
     assert rows_of(folder) == rows_of(straight)
 
 
-def test_teachers_trained_here_are_those_of_the_sister_script_and_can_be_given(tmp_path):
+def test_teachers_trained_here_can_be_read_by_the_sister_script_and_its_own_be_given(tmp_path):
     folder = di.train(di.Args(**SMALL, runs_dir=tmp_path))
     sister = multitask_a2c.train(multitask_a2c.Args(
         tasks=SMALL["tasks"], method="scratch", num_envs=2, total_timesteps=200, eval_every=200, eval_episodes=1,
@@ -157,6 +157,22 @@ def test_teachers_trained_here_are_those_of_the_sister_script_and_can_be_given(t
     di.train(di.read_args(di.Args, ["--resume", str(again), "--total-timesteps", "600"]))
 
 
+@pytest.mark.parametrize("p_student, expected", [(1.0, {"Student"}), (0.0, {"ActorCritic"}),
+                                                 (0.5, {"Student", "ActorCritic"})])
+def test_who_acts(p_student, expected, tmp_path, monkeypatch):
+    actors, visit = set(), di.visit_states
+    monkeypatch.setattr(di, "visit_states",
+                        lambda pool, actor, *a: actors.add(type(actor).__name__) or visit(pool, actor, *a))
+    di.train(di.Args(**SMALL | dict(p_student=p_student, runs_dir=tmp_path)))
+    assert actors == expected
+
+
+def test_evaluating_more_often_changes_no_training_number(tmp_path):
+    runs = [di.load_checkpoint(di.train(di.Args(**SMALL | dict(eval_every=every, runs_dir=tmp_path / str(every)))))
+            for every in (200, 40)]
+    assert all(torch.equal(value, runs[1]["learners"][name]) for name, value in runs[0]["learners"].items())
+
+
 def test_a_run_stopped_among_the_teachers_goes_on_with_them(tmp_path, monkeypatch):
     settings = SMALL | dict(teacher_timesteps=800, runs_dir=tmp_path)
     straight = di.train(di.Args(**settings | dict(runs_dir=tmp_path / "straight")))
@@ -172,6 +188,8 @@ def test_a_run_stopped_among_the_teachers_goes_on_with_them(tmp_path, monkeypatc
         di.train(di.Args(**settings))
     folder, = (path for path in tmp_path.iterdir() if path.name != "straight")
     assert stop.value.code == 143 and di.load_checkpoint(folder)["teacher_step"] == 400
+    with pytest.raises(di.Failure, match="not done yet"):
+        di.train(di.read_args(di.Args, ["--evaluate", str(folder)]))
     assert not (folder / "teachers").exists()
     di.train(di.read_args(di.Args, ["--resume", str(folder)]))
     assert rows_of(folder) == rows_of(straight) and len(calls) == 40
@@ -185,6 +203,7 @@ def test_teachers_that_do_not_fit_together_are_refused(tmp_path):
         hidden_size=size, runs_dir=tmp_path / task)) for task, size in (("SmallFoot", 8), ("BigLeg", 16))]
     with pytest.raises(di.Failure, match="same --hidden-size"):
         di.load_teachers(di.Args(**SMALL, teachers=tuple(runs)))
+    assert di.load_teachers(di.Args(**SMALL | dict(tasks=("BigLeg",)), teachers=tuple(runs))).policy.log_std is not None
     with pytest.raises(di.Failure, match="none of those runs has BigLeg"):
         di.load_teachers(di.Args(**SMALL, teachers=tuple(runs[:1])))
 

@@ -1,4 +1,5 @@
 """Multi-task A2C: cheetahs against the table and Gymnasium, returns and losses by hand, heads, fine-tuning, runs."""
+import copy
 import shutil
 
 import gymnasium as gym
@@ -195,7 +196,7 @@ def test_networks_that_share_nothing_learn_side_by_side_as_they_would_alone(monk
         torch.manual_seed(0)
         nets = a2c.ActorCritic(3, 8, "parameter", None)
         optimizer = torch.optim.RMSprop(nets.parameters(), lr=1e-2, alpha=0.99, eps=1e-5)
-        monkeypatch.setattr(torch, "randn_like", torch.ones_like)              # the same actions, whoever asks first
+        monkeypatch.setattr(torch, "randn", torch.ones)                        # the same actions, whoever asks first
         pool = a2c.CheetahPool(["SmallFoot", "BigLeg", "BigTorso"], 2, 0)
         for _ in range(3):
             for tasks in groups:
@@ -216,6 +217,42 @@ def test_the_gradient_of_policy_and_critic_together_is_clipped(monkeypatch):
     assert calls == [(13, 0.5)] * 3
     for task in range(3):
         assert torch.cat([p.grad.flatten() for p in nets.parameters_of(task)]).norm() <= 0.5 + 1e-5
+
+
+def test_an_update_keeps_returns_with_their_states_and_bootstraps_time_limits():
+    args, nets = a2c.Args(**SMALL), a2c.ActorCritic(1, 8, "parameter", None)
+    obs, actions, rewards = torch.randn(2, 1, 3, 17), torch.randn(2, 1, 3, 6), torch.randn(2, 1, 3)
+    final, last, cut = torch.full((2, 1, 3), 7.0), torch.full((1, 3), 5.0), torch.zeros(2, 1, 3)
+    cut[0] = 1                                                                 # the first step ended an episode
+    probe, value, policy = copy.deepcopy(nets), 0.0, 0.0
+    probe.filter.update(obs.reshape(1, 6, 17), [0])
+    for step in range(2):
+        for env in range(3):
+            mean, log_std, v = probe(obs[step, :, env:env + 1], [0])
+            advantage = (rewards[step, 0, env] + 0.99 * (7.0 if step == 0 else 5.0) - v[0, 0]).item()
+            value += 0.5 * advantage ** 2 / 6
+            policy -= advantage * Normal(mean, log_std.exp()).log_prob(actions[step, :, env:env + 1]).sum().item() / 6
+    rollout = obs, actions, rewards, cut, final, last
+    out = a2c.a2c_update(args, nets, torch.optim.RMSprop(nets.parameters()), rollout, [0])
+    assert out["value"].item() == pytest.approx(value, rel=1e-4)
+    assert out["policy"].item() == pytest.approx(policy, rel=1e-4)
+
+
+def test_evaluating_more_often_changes_no_training_number_and_draws_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(a2c, "HORIZON", 50)
+    runs = [a2c.load_checkpoint(a2c.train(a2c.Args(**SMALL | dict(eval_every=every, runs_dir=tmp_path / str(every)))))
+            for every in (300, 60)]
+    assert all(torch.equal(value, runs[1]["learners"][name]) for name, value in runs[0]["learners"].items())
+    assert torch.equal(runs[0]["torch"], runs[1]["torch"])
+
+
+def test_rmsprop_and_reward_scale_reach_the_run(tmp_path, monkeypatch):
+    made, rmsprop = [], torch.optim.RMSprop
+    monkeypatch.setattr(a2c, "HORIZON", 50)
+    monkeypatch.setattr(torch.optim, "RMSprop", lambda params, **kw: made.append(kw) or rmsprop(params, **kw))
+    folder = a2c.train(a2c.Args(**SMALL | dict(norm_reward=True, runs_dir=tmp_path)))
+    assert made == [dict(lr=7e-4, alpha=0.99, eps=1e-5)]
+    assert (a2c.load_checkpoint(folder)["scale"][1][:, 0] > 100).all()         # counted every reward
 
 
 def test_a_rollout_bootstraps_from_the_last_observation_of_an_episode(monkeypatch):
@@ -250,6 +287,20 @@ def test_every_variant_runs_and_resumes_exactly(settings, tmp_path, monkeypatch)
     a2c.train(a2c.read_args(a2c.Args, ["--resume", str(folder), "--total-timesteps", "600"]))
     assert rows_of(folder) == rows_of(straight) and len(rows_of(folder)) == 3
     assert {"tasks.png", "curves.png"} <= {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("method", ["scratch", "vanilla"])
+def test_fine_tuning_starts_from_all_that_the_source_task_had(method, tmp_path, monkeypatch):
+    monkeypatch.setattr(a2c, "HORIZON", 50)
+    source = a2c.train(a2c.Args(**SMALL | dict(method=method, runs_dir=tmp_path)))
+    args = a2c.Args(**SMALL | dict(method="finetune", tasks=("SmallThigh",), finetune_from=source, source_task="BigLeg",
+                                   hidden_size=99))
+    nets, name = a2c.take_task(args)
+    theirs, _ = a2c.load_actor_critic(source)
+    assert name == "BigLeg" and args.hidden_size == 8
+    assert all(torch.equal(a, b) for a, b in zip(nets.parameters_of(0), theirs.parameters_of(1)))
+    obs = torch.randn(1, 5, 17)
+    assert all(torch.equal(a, b) for a, b in zip(nets(obs, [0]), theirs(obs, [1])))            # filter included
 
 
 @pytest.mark.parametrize("layers, trained", [("code", {"policy.net.layers.1", "policy.net.layers.2", "policy.log_std",
