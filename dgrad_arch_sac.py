@@ -119,7 +119,8 @@ class Args:
     """Meta-World's reward: v2 lies in 0 to 10 for every task, v1 has no common scale"""
     m_init: Literal["orthogonal", "gaussian", "identity"] | None = None
     """how matrices start: random rotations, entries of variance 1 / width, or the plain network; for film the diagonal
-    kinds of these: random signs, N(0, 1), ones. None: orthogonal for dgrad-a, identity for film"""
+    kinds of these: random signs, N(0, 1), ones. None: orthogonal for dgrad-a, identity for film, gaussian with
+    --task-net-hidden"""
     task_net_hidden: int = 0
     """hidden units of the network from the one-hot to matrices and shifts; 0 makes them a table"""
     watch_every: int = 10
@@ -158,6 +159,10 @@ class Args:
             raise ValueError(f"--tasks must be different from each other, got {' '.join(self.tasks)}")
         if not self.tasks:
             raise ValueError("--tasks needs at least one task")
+        if self.task_net_hidden:
+            if self.m_init not in (None, "gaussian"):
+                raise ValueError(f"--m-init {self.m_init} needs a table; with --task-net-hidden M starts gaussian")
+            self.m_init = "gaussian"
         if self.m_init is None:
             self.m_init = "identity" if self.method == "film" else "orthogonal"
         if not 1 <= self.horizon <= 500:

@@ -155,6 +155,10 @@ class Args:
                 close = difflib.get_close_matches(task.removesuffix("-v3"), MT50, 4, 0.4)
                 raise ValueError(f"--tasks {task}: no such task of Meta-World; close: {', '.join(close) or 'none'}. "
                                  f"All: {', '.join(sorted(MT50))}")
+        if not self.tasks:
+            raise ValueError("--tasks needs at least one task")
+        if self.heads and self.method == "sac":
+            raise ValueError("--heads goes with --method pcgrad; sac with heads is --method multihead")
         if len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"--tasks must be different from each other, got {' '.join(self.tasks)}")
         if len(self.tasks) < 2 and self.method == "pcgrad":

@@ -197,8 +197,10 @@ class Args:
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0 and at most 1, got {getattr(self, name)}")
         if not self.c <= 0:
             raise ValueError(f"--c must be at most 0, as it says how much may be lost, got {self.c}")
-        if self.critic_heads and self.critic_batch == "active":
-            raise ValueError("--critic-heads needs --critic-batch all, or heads would move while it is not their turn")
+        batches = {"picor": self.critic_batch, "mtsac": self.mtsac_batch, "independent": "active"}.get(self.method)
+        if self.critic_heads and batches == "active":
+            raise ValueError("--critic-heads needs batches of all tasks, or heads would move while it is not their "
+                             "turn: --critic-batch all, or --mtsac-batch mixed")
         if self.env.startswith("mt") and self.horizon > 500:
             raise ValueError(f"--horizon must be from 1 to 500, where Meta-World ends an episode, got {self.horizon}")
         if not 1 <= self.num_goals <= 50:
@@ -633,13 +635,10 @@ def policy_phase(learners: MultiTaskSAC, optimizers: dict, obs: Tensor, tasks: l
     optimizers["actor"].zero_grad()
     (scale * loss).mean().backward()
     optimizers["actor"].step()
-    before = learners.log_alpha.detach().clone()                       # Adam's momentum must not move other tasks'
-    optimizers["alpha"].zero_grad()
+    optimizer = optimizers["alpha" if len(tasks) > 1 else f"alpha{tasks[0]}"]
+    optimizer.zero_grad()
     temperature_loss(learners.log_alpha[tasks], log_prob.detach(), learners.target_entropy).sum().backward()
-    optimizers["alpha"].step()
-    with torch.no_grad():
-        before[tasks] = learners.log_alpha[tasks]
-        learners.log_alpha.copy_(before)
+    optimizer.step()
     return loss.detach()
 
 
@@ -670,6 +669,8 @@ def correct(args: Args, learners: MultiTaskSAC, optimizer: torch.optim.Optimizer
         kl = gaussian_kl(mean, log_std, *anchor).sum(-1).mean()
         value = soft_value(*critics, obs, mean, log_std, noise, alpha)
         shortfall = hinge(soft_advantage(value, old_value, spread), weights, args.c, args.gamma)
+        if not shortfall > 0:                                          # reached: not one step more
+            break
         optimizer.zero_grad()
         correction_loss(kl, shortfall, args.penalty).backward()
         optimizer.step()
@@ -764,6 +765,16 @@ def make_picor_learners(args: Args, num_tasks: int, obs_size: int, action_size: 
     return nn.ModuleList([make(1) for _ in range(num_tasks)] if args.method == "independent" else [make(num_tasks)])
 
 
+def make_picor_optimizers(args: Args, learners: MultiTaskSAC) -> dict[str, torch.optim.Optimizer]:
+    """Adams of SAC, one of its own for the correction, and one for each task's temperature.
+
+    The last ones exist because a shared Adam would forget a temperature's statistics while it is not its task's turn.
+    """
+    adam = partial(torch.optim.Adam, lr=args.lr, fused=True)
+    return learners.make_optimizers(args.lr, args.lr) | {"correction": adam(learners.actor.parameters())} | {
+        f"alpha{task}": adam([learners.log_alpha]) for task in range(len(learners.log_alpha))}
+
+
 def train(args: Args) -> Path | None:
     """Blocks of one task: act, phase 1, phase 2; returns the run folder."""
     # Set-up ------------------------------------------------------------------------------------------------
@@ -776,8 +787,7 @@ def train(args: Args) -> Path | None:
     obs, _ = envs.reset(seed=args.seed)                                # (T, O); sub-environment i gets seed + i
     obs_size, action_size = obs.shape[1], envs.single_action_space.shape[0]
     learners = make_picor_learners(args, num_tasks, obs_size, action_size).to(device)
-    optimizers = [each.make_optimizers(args.lr, args.lr) | {"correction": torch.optim.Adam(
-        each.actor.parameters(), lr=args.lr, fused=True)} for each in learners]
+    optimizers = [make_picor_optimizers(args, each) for each in learners]
 
     @torch.no_grad()
     def greedy(obs: np.ndarray) -> np.ndarray:

@@ -280,8 +280,7 @@ def picor_sac() -> None:
                                ("five", dict(correction_steps=5, c=0.0))):
             args = pi.Args(env=env, hidden_sizes=sizes, **settings)
             learners, = pi.make_picor_learners(args, 8, obs_size, action_size)
-            optimizers = learners.make_optimizers(args.lr, args.lr)
-            optimizers["correction"] = torch.optim.Adam(learners.actor.parameters(), lr=args.lr, fused=True)
+            optimizers = pi.make_picor_optimizers(args, learners)
             buffer = pi.TaskReplay(8, 2_000, obs_size, action_size, torch.device("cpu"))
             buffer.data.normal_()
             buffer.num_added[:] = 2_000

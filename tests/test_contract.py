@@ -274,6 +274,7 @@ BAD_FOR = {
                              ("--exploration-noise nan", "--exploration-noise must be"),
                              ("--resume {run} --method random-clusters", "--method em, not random-clusters")],
     "pcgrad_sac.py": [*MT_BAD, ("--tasks reach", "at least two tasks"), ("--combine product", "product"),
+                      ("--method sac --heads", "--method multihead"), ("--method sac --tasks", "at least one"),
                       ("--resume {run} --method sac", "--method pcgrad, not sac")],
     "multitask_a2c.py": [("--tasks SmallNose", "BigTorso"), ("--tasks SmallFoot SmallFoot", "different"),
                          ("--method finetune", "--finetune-from RUN_FOLDER"), ("--num-steps 3", "must divide"),
@@ -291,11 +292,13 @@ BAD_FOR = {
     "picor_sac.py": [("--tasks nowhere", "north-east"), ("--tasks north-east north-east", "different"),
                      ("--c 0.1", "--c must be at most 0"),
                      ("--critic-heads --critic-batch active", "--critic-batch all"),
+                     ("--method mtsac --mtsac-batch active --critic-heads", "--mtsac-batch mixed"),
                      ("--env mt4 --horizon 501", "from 1 to 500"), ("--num-goals 0", "from 1 to 50"),
                      ("--batch-size 3", "use at least 4"), ("--penalty -1", "--penalty must be"),
                      ("--weight-tau 0", "--weight-tau must be"),
                      ("--resume {run} --no-correction", "--correction True, not False")],
     "dgrad_arch_sac.py": [*MT_BAD, ("--m-init zeros", "zeros"), ("--task-net-hidden -1", "--task-net-hidden must be"),
+                          ("--task-net-hidden 8 --m-init identity", "needs a table"),
                           ("--resume {run} --method sac", "--method dgrad-a, not sac")],
 }
 

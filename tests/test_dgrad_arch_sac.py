@@ -134,5 +134,5 @@ def test_every_method_runs_and_counts_conflicts(settings, tmp_path, capsys):
 
 def test_settings():
     assert dg.Args().m_init == "orthogonal" and dg.Args(method="film").m_init == "identity"
-    assert dg.Args(method="film", m_init="gaussian").m_init == "gaussian"
+    assert dg.Args(method="film", m_init="gaussian").m_init == dg.Args(task_net_hidden=8).m_init == "gaussian"
     assert dg.Args(tasks=("reach",)).tasks == ("reach",)                       # one task is fine without surgery

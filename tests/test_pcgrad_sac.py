@@ -290,6 +290,29 @@ def test_fixed_order_and_sum_reach_the_update(tmp_path, monkeypatch):
     assert len(seen) == 10 and all(order.tolist() == [[1, 2], [0, 2], [0, 1]] and c == "sum" for order, c in seen)
 
 
+def test_orders_are_random_by_default_and_settings_reach_the_environments(tmp_path, monkeypatch):
+    seen, update = [], pc.joint_update
+    monkeypatch.setattr(pc, "joint_update", lambda *a: seen.append((a[7](), a[8])) or update(*a))
+    pc.train(pc.Args(**SMALL | dict(runs_dir=tmp_path, total_timesteps=180)))
+    assert len({order.tobytes() for order, _ in seen}) > 3 and {combine for _, combine in seen} == {"mean"}
+    env = pc.make_env(pc.Args(num_goals=3, reward_version="v1", tasks=("push", "reach")), 0).unwrapped
+    assert len(env.goals) == 3 and env.stock.reward_function_version == "v1"
+
+
+def test_the_sum_reaches_the_policy_as_well():
+    moves = []
+    for combine in ("mean", "sum"):
+        learners, _, batch = learners_and_batch()
+        before = [param.detach().clone() for param in learners.actor.parameters()]
+        nets = {"critic": [*learners.qf1.parameters(), *learners.qf2.parameters()], "alpha": [learners.log_alpha],
+                "actor": learners.actor.parameters()}
+        optimizers = {name: torch.optim.SGD(params, lr=1.0 if name == "actor" else 1e-30)
+                      for name, params in nets.items()}
+        step(learners, optimizers, batch, split=True, orders=in_order(1, 2, 3), combine=combine)
+        moves.append(torch.cat([(a - b).flatten() for a, b in zip(before, learners.actor.parameters())]))
+    torch.testing.assert_close(moves[1], 3 * moves[0], atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("env, expected", [
     ("mt4", (200, (256, 256), 64, 3e-4, 1e-3, 1_000)), ("mt10", (500, (400, 400, 400), 128, 3e-4, 3e-4, 4_000))])
 def test_the_recommended_settings_are_the_defaults(env, expected):

@@ -1,7 +1,7 @@
 """PiCor: weights, hinge and KL by hand, what the correction may touch, blocks, environments, the four-goal toy."""
+import copy
 import math
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -25,8 +25,8 @@ def parts(num_tasks=3, obs_size=5, seed=0, **settings):
     args = small(tasks=pi.FAMILIES["goals"][:num_tasks], **settings)
     torch.manual_seed(seed)
     learners, = pi.make_picor_learners(args, num_tasks, obs_size, 2)
-    optimizers = learners.make_optimizers(1e-2, 1e-2)
-    optimizers["correction"] = torch.optim.Adam(learners.actor.parameters(), 1e-2)
+    args.lr = 1e-2
+    optimizers = pi.make_picor_optimizers(args, learners)
     buffer, rng = pi.TaskReplay(num_tasks, 60, obs_size, 2, torch.device("cpu")), np.random.default_rng(seed)
     for _ in range(60):
         for task in range(num_tasks):
@@ -157,6 +157,96 @@ def test_the_correction_leaves_critics_and_temperatures_alone_and_stops_when_not
     assert all(param.requires_grad for param in learners.parameters() if param is not None)
     relaxed = pi.correct(small(c=-1e9), learners, optimizers["correction"], states, old, weights)
     assert relaxed["hinge"] == 0 and relaxed["steps"] == 0
+
+
+def test_the_correction_gets_the_policy_before_phase_one_and_its_own_optimizer(monkeypatch):
+    args, learners, optimizers, buffer = parts(recent=4)
+    with torch.no_grad():
+        learners.log_alpha.copy_(torch.tensor([-1.0, -2.0, -3.0]))
+    before, seen, critic, policy = copy.deepcopy(learners.actor), {}, pi.critic_phase, pi.actor_loss
+    monkeypatch.setattr(pi, "critic_phase", lambda *a: seen.update(alpha=a[3]) or critic(*a))
+    monkeypatch.setattr(pi, "actor_loss", lambda *a: seen.update(policy=a[2]) or policy(*a))
+    monkeypatch.setattr(pi, "correct", lambda *a: seen.update(call=a) or {})
+    update(args, learners, optimizers, buffer, task=1)
+    _, _, optimizer, states, old, _ = seen["call"]
+    assert optimizer is optimizers["correction"] is not optimizers["actor"]
+    torch.testing.assert_close(torch.stack(old), torch.stack(before(states)))
+    assert not torch.allclose(old[0], learners.actor(states)[0], atol=1e-4)
+    for task in range(3):
+        assert torch.isin(states[task], buffer.data[task, -4:, :5]).all()
+    assert seen["alpha"].flatten().log().tolist() == pytest.approx([-1, -2, -3])      # every task its own
+    assert seen["policy"].flatten().log().tolist() == pytest.approx([-2])             # the active one's
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("adv_norm", [False, True])
+def test_two_steps_of_the_correction_by_hand(hard, adv_norm, monkeypatch):
+    args, learners, optimizers, buffer = parts(c=0.0, correction_steps=2, penalty=50.0, hard_advantage=hard,
+                                               adv_norm=adv_norm)
+    monkeypatch.setattr(pi, "q_spread", lambda *a: torch.tensor([0.5, 2.0, 3.0]))
+    optimizer = torch.optim.SGD(learners.actor.parameters(), lr=1e-3)
+    states = buffer.sample(np.random.default_rng(0), [0, 1, 2], 8)[0]
+    with torch.no_grad():
+        old = learners.actor(states)
+        for param in learners.actor.parameters():
+            param += 0.3 * torch.randn_like(param)
+    twin, weights = copy.deepcopy(learners), torch.tensor([0.2, 0.5, 0.3])
+    spread, alpha = torch.tensor([0.5, 2.0, 3.0]) if adv_norm else torch.ones(3), 0.0 if hard else 0.2
+    torch.manual_seed(5)
+    noise = torch.randn_like(old[0])
+
+    def value(mean, log_std):
+        actions, log_prob = pi.squash(mean, log_std, noise)
+        return torch.min(twin.qf1(states, actions), twin.qf2(states, actions)) - alpha * log_prob
+    with torch.no_grad():
+        anchor, base = twin.actor(states), value(*old)
+        sign = torch.sign((weights * ((value(*anchor) - base).mean(1) / spread)).sum()).item()
+    weights = weights if sign < 0 else None
+    if weights is None:
+        for net in (learners, twin):                                           # a loss in place of a gain
+            for qf in (net.qf1, net.qf2):
+                with torch.no_grad():
+                    qf.net.weights[-1] *= -1
+        weights = torch.tensor([0.2, 0.5, 0.3])
+        with torch.no_grad():
+            base = value(*old)
+    for _ in range(2):
+        mean, log_std = twin.actor(states)
+        p, q = (torch.distributions.Normal(m, s.exp()) for m, s in ((mean, log_std), anchor))
+        kl = torch.distributions.kl_divergence(p, q).sum(-1).mean()
+        gap = (-(weights * (value(mean, log_std) - base).mean(1) / spread).sum()).clamp(min=0)
+        grads = torch.autograd.grad(kl + 25.0 * gap ** 2, list(twin.actor.parameters()))
+        with torch.no_grad():
+            for param, grad in zip(twin.actor.parameters(), grads):
+                param -= 1e-3 * grad
+    torch.manual_seed(5)
+    found = pi.correct(args, learners, optimizer, states, old, weights)
+    assert found["hinge"] > 0 and found["steps"] == 2 and found["kl"] > 0
+    for one, other in zip(learners.actor.parameters(), twin.actor.parameters()):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+def test_a_correction_ends_once_nothing_is_lost():
+    args, learners, optimizers, buffer = parts(num_tasks=2, correction_steps=5, penalty=1e3, adv_norm=False, c=0.0,
+                                               hard_advantage=True, seed=1)
+    del learners.qf1, learners.qf2
+    learners.__dict__["qf1"] = learners.__dict__["qf2"] = Likes([1.0, 1.0])
+    states = buffer.sample(np.random.default_rng(0), [0, 1], 8)[0]
+    with torch.no_grad():
+        old = learners.actor(states)
+        learners.actor.net.biases[-1][0, 0, 0] -= 0.005                        # a tiny loss: one step is enough
+    found = pi.correct(args, learners, optimizers["correction"], states, old, torch.full((2,), 0.5))
+    assert found["hinge"] > 0 and found["steps"] == 1
+
+
+def test_a_temperature_that_rests_keeps_its_optimizers_memory():
+    args, learners, optimizers, buffer = parts(correction=False)
+    update(args, learners, optimizers, buffer, task=1)
+    state = {key: value.clone() for key, value in optimizers["alpha1"].state[learners.log_alpha].items()}
+    for seed in range(5):
+        update(args, learners, optimizers, buffer, task=0, seed=seed)
+    assert all(torch.equal(value, state[key]) for key, value in optimizers["alpha1"].state[learners.log_alpha].items())
+    assert optimizers["alpha0"].state[learners.log_alpha]["step"] == 5
 
 
 def test_the_spread_of_q_is_that_of_its_actions():
@@ -306,6 +396,16 @@ def test_every_arm_runs_and_resumes_exactly(settings, tmp_path):
     assert rows_of(folder)[-1][:4] == rows_of(straight)[-1][:4] and (folder / "weights.png").exists()
 
 
+def test_meta_world_runs_and_goes_on_with_fresh_episodes(tmp_path, capsys):
+    settings = dict(env="mt4", tasks=("reach", "drawer-close"), total_timesteps=120, runs_dir=tmp_path)
+    folder = pi.train(small(**settings))
+    pi.train(pi.read_args(pi.Args, ["--resume", str(folder), "--total-timesteps", "200"]))
+    state = pi.load_checkpoint(folder)
+    assert "fresh episodes" in capsys.readouterr().out
+    assert state["updates"].sum() == 150 and state["num_added"].sum() == 200
+    assert len(pi.make_env(small(env="mt4", num_goals=3, tasks=("reach",)), 0).unwrapped.goals) == 3
+
+
 def test_blocks_last_k_steps_and_do_not_reset_on_a_switch(tmp_path, monkeypatch):
     stepped, resets, step, reset = [], [], pi.GoalEnv.step, pi.GoalEnv.reset
     monkeypatch.setattr(pi.GoalEnv, "step", lambda self, a: stepped.append(int(self.one_hot.argmax())) or step(self, a))
@@ -360,4 +460,4 @@ def test_correction_helps_on_four_goals(tmp_path):
             header, *rows = rows_of(folder)
             late = [float(row[header.index("mean_return")]) for row in rows[-4:]]
             returns.setdefault(correction, []).append(np.mean(late))
-    assert np.mean(returns[True]) > np.mean(returns[False]) + 5 and isinstance(gym.Env, type)
+    assert np.mean(returns[True]) > np.mean(returns[False]) + 5
