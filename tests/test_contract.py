@@ -21,7 +21,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 # A run of seconds that passes the first update, several evaluations and several checkpoints
-MT_QUICK = ("--tasks reach drawer-close --horizon 30 --total-timesteps 1200 --learning-starts 60 --hidden-sizes 16 16 "
+MT_QUICK = ("--tasks reach drawer-close --horizon 30 --total-timesteps 720 --learning-starts 60 --hidden-sizes 16 16 "
             "--batch-size 8 --eval-every 120 --eval-episodes 1 --checkpoint-every 120 --watch-every 3")
 QUICK = {
     "qmp_sac.py": "--tasks 0 4 8 --total-timesteps 6000 --train-every 100 --learning-starts 200 --gradient-steps 3 "
@@ -31,12 +31,12 @@ QUICK = {
                             "--update-every 3 --batch-size 16 --hidden-sizes 16 16 --eval-every 600 --eval-episodes 1 "
                             "--evals-per-m-step 2 --checkpoint-every 400",
     "pcgrad_sac.py": MT_QUICK, "dgrad_arch_sac.py": MT_QUICK,
-    "multitask_a2c.py": "--tasks SmallFoot BigLeg --num-envs 2 --total-timesteps 3200 --eval-every 400 "
+    "multitask_a2c.py": "--tasks SmallFoot BigLeg --num-envs 2 --total-timesteps 3200 --eval-every 640 "
                         "--eval-episodes 1 --checkpoint-every 300 --hidden-size 8",
-    "picor_sac.py": "--total-timesteps 1600 --horizon 20 --block-steps 30 --learning-starts 25 --hidden-sizes 16 16 "
+    "picor_sac.py": "--total-timesteps 1200 --horizon 20 --block-steps 30 --learning-starts 25 --hidden-sizes 16 16 "
                     "--batch-size 16 --eval-every 200 --eval-episodes 1 --checkpoint-every 130 --correction-states 8 "
                     "--weight-warmup 2",
-    "distill_a2c.py": "--tasks SmallFoot BigLeg --num-envs 2 --total-timesteps 3200 --eval-every 400 --eval-episodes 1 "
+    "distill_a2c.py": "--tasks SmallFoot BigLeg --num-envs 2 --total-timesteps 3200 --eval-every 640 --eval-episodes 1 "
                       "--checkpoint-every 300 --hidden-size 8 --teacher-timesteps 400 --p-student 0.5",
 }
 TOTAL = {script: int(re.search(r"--total-timesteps (\d+)", flags)[1]) for script, flags in QUICK.items()}
@@ -49,6 +49,10 @@ DIVERGES = {"qmp_sac.py": "--lr 1 --gradient-steps 200",  # a step this long ove
             "picor_sac.py": "--lr 1 --hidden-sizes 64 64 64 64 --total-timesteps 4000",
             "pcgrad_sac.py": "--lr 1 --critic-lr 1 --max-grad-norm 0 --hidden-sizes 64 64 64 64"}
 every_script = pytest.mark.parametrize("script", [path.name for path in SCRIPTS])
+# Scripts whose loop and blocks others share word for word: what takes whole runs is left to `-m slow` for them
+SISTERS = {"pcgrad_sac.py", "dgrad_arch_sac.py", "picor_sac.py", "distill_a2c.py"}
+most_scripts = pytest.mark.parametrize("script", [pytest.param(path.name, marks=pytest.mark.slow)
+                                                  if path.name in SISTERS else path.name for path in SCRIPTS])
 
 
 def module_of(script):
@@ -117,7 +121,7 @@ def test_every_logged_key_is_documented(script, straight_run):
         assert key in keys
 
 
-@every_script
+@most_scripts
 def test_another_seed_gives_other_numbers(script, tmp_path, monkeypatch, straight_run):
     run_here(script, f"{QUICK[script]} --seed 2 --runs-dir {tmp_path}", monkeypatch)
     assert metrics(only_run(tmp_path)) != metrics(straight_run(script))
@@ -150,7 +154,7 @@ def test_killed_and_resumed_equals_straight(script, command_line, tmp_path, monk
     assert len(metrics(run)) == len(metrics(straight_run(script)))
 
 
-@every_script
+@most_scripts
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_says_how_to_go_on(script, number, command_line, tmp_path, monkeypatch, straight_run):
     process = start_and_wait(script, command_line, tmp_path / "runs", rows=3, extra=["--checkpoint-every", "1000000"])
@@ -165,7 +169,7 @@ def test_a_signal_saves_and_says_how_to_go_on(script, number, command_line, tmp_
         assert metrics(run) == metrics(straight_run(script))
 
 
-@every_script
+@most_scripts
 def test_a_longer_run_continues_a_finished_one(script, tmp_path, monkeypatch, straight_run, capsys):
     evaluated = int(metrics(straight_run(script))[4][0])  # stop where the straight run has a row
     run_here(script, f"{QUICK[script]} --total-timesteps {evaluated} --runs-dir {tmp_path}", monkeypatch)
@@ -178,7 +182,7 @@ def test_a_longer_run_continues_a_finished_one(script, tmp_path, monkeypatch, st
     assert len(json.loads((run / "args.json").read_text())["commands"]) == 3
 
 
-@every_script
+@most_scripts
 def test_a_full_disk_costs_no_checkpoint(script, command_line, tmp_path, monkeypatch, straight_run):
     limit = int((straight_run(script) / "checkpoint.pt").stat().st_size * FULL_AT)
     result = command_line(script, *QUICK[script].split(), "--runs-dir", tmp_path / "runs",

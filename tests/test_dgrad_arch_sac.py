@@ -115,8 +115,9 @@ def test_identity_layers_learn_like_the_plain_network_at_first():
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("settings", [dict(method="dgrad-a"), dict(method="sac"), dict(method="film"),
-                                      dict(method="dgrad-a", task_net_hidden=8, m_init="gaussian")])
+@pytest.mark.parametrize("settings", [
+    dict(method="dgrad-a"), pytest.param(dict(method="sac"), marks=pytest.mark.slow),
+    pytest.param(dict(method="film"), marks=pytest.mark.slow), dict(task_net_hidden=8, m_init="gaussian")])
 def test_every_method_runs_and_counts_conflicts(settings, tmp_path, capsys):
     args = dg.Args(**SMALL | dict(runs_dir=tmp_path) | settings)
     folder = dg.train(args)

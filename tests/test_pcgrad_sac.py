@@ -250,7 +250,7 @@ def test_reward_versions_differ():
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("method", ["pcgrad", "sac", "multihead"])
+@pytest.mark.parametrize("method", ["pcgrad", "multihead", pytest.param("sac", marks=pytest.mark.slow)])
 def test_every_method_runs_and_counts_conflicts(method, tmp_path):
     args = pc.Args(**SMALL | dict(method=method, runs_dir=tmp_path, watch_every=4))
     folder = pc.train(args)

@@ -376,7 +376,8 @@ ARMS = [dict(), dict(correction=False), dict(adaptive_weights=False), dict(criti
         dict(method="independent"), dict(env="halfcheetah", tasks=("BigFoot", "SmallFoot"))]
 
 
-@pytest.mark.parametrize("settings", ARMS)
+@pytest.mark.parametrize("settings", [arm if i in (0, 1, 5, 8) else pytest.param(arm, marks=pytest.mark.slow)
+                                      for i, arm in enumerate(ARMS)])
 def test_every_arm_runs_and_resumes_exactly(settings, tmp_path):
     straight = pi.train(small(**settings, runs_dir=tmp_path / "straight"))
     state = pi.load_checkpoint(straight)
@@ -448,16 +449,3 @@ def test_presets(env, expected):
     args = pi.Args(env=env)
     assert (args.horizon, args.block_steps, args.batch_size, args.total_timesteps) == expected
     assert (args.c, args.penalty, args.weight_tau, args.correction_steps, args.gamma) == (-0.1, 10, 0.1, 5, 0.99)
-
-
-@pytest.mark.slow
-def test_correction_helps_on_four_goals(tmp_path):
-    """The point mass of the paper's question: with correction more of the four goals are kept than without."""
-    returns = {}
-    for correction in (True, False):
-        for seed in (1, 2):
-            folder = pi.train(pi.Args(correction=correction, seed=seed, task_order="cycle", runs_dir=tmp_path))
-            header, *rows = rows_of(folder)
-            late = [float(row[header.index("mean_return")]) for row in rows[-4:]]
-            returns.setdefault(correction, []).append(np.mean(late))
-    assert np.mean(returns[True]) > np.mean(returns[False]) + 5
