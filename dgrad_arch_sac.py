@@ -778,7 +778,7 @@ def plot_conflicts(folder: Path, names: list[str], history: list) -> None:
     axes = figure.subplots(2, 5)
     for row, network in zip(axes, ("critic", "actor")):
         for axis, (step, matrices) in zip(row, shown):
-            image = axis.imshow(matrices[network], vmin=-1, vmax=1, cmap="RdBu_r")
+            image = axis.imshow(matrices[network].numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
             if len(names) <= 10:
                 for (i, j), value in np.ndenumerate(matrices[network].numpy()):
                     axis.text(j, i, f"{value:.2f}" if i != j else "", ha="center", va="center", fontsize=7)
