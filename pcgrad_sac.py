@@ -645,6 +645,7 @@ def train(args: Args) -> Path | None:
 
     def save() -> None:
         """Everything that the next step reads."""
+        check_finite(global_step, dict(learners.named_parameters()))   # keeps the last good one
         run.save(dict(
             global_step=global_step, learners=learners.state_dict(), num_updates=num_updates, history=history,
             optimizers={name: optimizer.state_dict() for name, optimizer in optimizers.items()},
