@@ -910,7 +910,10 @@ class Run:
             self.dir, about = args.resume, json.loads((args.resume / "args.json").read_text())
         else:
             stem = f"{args.env}__{script.stem}__{args.method}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-            self.dir = args.runs_dir / stem
+            self.dir, number = args.runs_dir / stem, 1
+            while self.dir.exists():                                   # by another run that began in the same second
+                number += 1
+                self.dir = args.runs_dir / f"{stem}-{number}"
             try:
                 self.dir.mkdir(parents=True)
             except OSError as error:

@@ -109,6 +109,16 @@ def test_file_alone_in_an_empty_folder(script, command_line, tmp_path, straight_
 
 
 @every_script
+def test_two_runs_of_the_same_second_have_a_folder_each(script, tmp_path, monkeypatch):
+    module = module_of(script)
+    monkeypatch.setattr(module.time, "strftime", lambda form: "20260101-000000")
+    runs = [module.Run(module.Args(runs_dir=tmp_path), ["a"]) for _ in range(3)]
+    for run in reversed(runs):                            # each gives the signals back to the one before it
+        run.close()
+    assert [run.dir.name.rpartition("__")[2] for run in runs] == [f"20260101-000000{end}" for end in ("", "-2", "-3")]
+
+
+@every_script
 def test_every_logged_key_is_documented(script, straight_run):
     events = EventAccumulator(str(straight_run(script)))
     events.Reload()
