@@ -480,7 +480,7 @@ def plot_returns(folder: Path, tasks: Tasks) -> None:
     figure.savefig(folder / "returns.png", dpi=120)
 
 
-def plot_assignment(path: Path, names: list[str], history: list, num_policies: int) -> None:
+def plot_assignment(path: Path, names: list[str], history: list, num_policies: int, label: str = "return") -> None:
     """The E-steps (the paper's Fig. 2, 3, 9, 10): a dot where a task is assigned to the panel's policy.
 
     Args:
@@ -495,7 +495,7 @@ def plot_assignment(path: Path, names: list[str], history: list, num_policies: i
         axis.set_yticks(range(len(names)), names, fontsize=6)
         axis.set(ylabel=f"policy {policy}", ylim=(len(names) - 0.5, -0.5))
     axes[-1].set_xlabel("training steps, summed over policies")
-    figure.colorbar(dots, ax=axes, label="return")
+    figure.colorbar(dots, ax=axes, label=label)
     figure.savefig(path, dpi=120)
 
 

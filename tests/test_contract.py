@@ -38,6 +38,9 @@ QUICK = {
                     "--weight-warmup 2",
     "distill_a2c.py": "--tasks SmallFoot BigLeg --num-envs 2 --total-timesteps 3200 --eval-every 640 --eval-episodes 1 "
                       "--checkpoint-every 300 --hidden-size 8 --teacher-timesteps 400 --p-student 0.5",
+    "iqn_em_atari.py": "--preset laptop --games DemonAttack Assault --total-timesteps 960 --m-step-size 80 --horizon 40"
+                       " --eval-steps 1 --eval-episodes 1 --learning-starts 20 --batch-size 4 --width 0.0625 "
+                       "--eval-every 160 --checkpoint-every 120 --num-quantiles 4 4 4 --buffer-size 300",
 }
 TOTAL = {script: int(re.search(r"--total-timesteps (\d+)", flags)[1]) for script, flags in QUICK.items()}
 RESTARTS_EXACTLY = {"qmp_sac.py", "tabular_em.py", "em_clustering_td3.py",
@@ -50,7 +53,7 @@ DIVERGES = {"qmp_sac.py": "--lr 1 --gradient-steps 200",  # a step this long ove
             "pcgrad_sac.py": "--lr 1 --critic-lr 1 --max-grad-norm 0 --hidden-sizes 64 64 64 64"}
 every_script = pytest.mark.parametrize("script", [path.name for path in SCRIPTS])
 # Scripts whose loop and blocks others share word for word: what takes whole runs is left to `-m slow` for them
-SISTERS = {"pcgrad_sac.py", "dgrad_arch_sac.py", "picor_sac.py", "distill_a2c.py"}
+SISTERS = {"pcgrad_sac.py", "dgrad_arch_sac.py", "picor_sac.py", "distill_a2c.py", "iqn_em_atari.py"}
 most_scripts = pytest.mark.parametrize("script", [pytest.param(path.name, marks=pytest.mark.slow)
                                                   if path.name in SISTERS else path.name for path in SCRIPTS])
 
@@ -311,6 +314,14 @@ BAD_FOR = {
                      ("--batch-size 3", "use at least 4"), ("--penalty -1", "--penalty must be"),
                      ("--weight-tau 0", "--weight-tau must be"),
                      ("--resume {run} --no-correction", "--correction True, not False")],
+    "iqn_em_atari.py": [("--games Pacman", "MsPacman"), ("--games Alien alien", "different"),
+                        ("--games", "one or more"),
+                        ("--method ppt --num-policies 4", "leave --num-policies out"),
+                        ("--num-policies 13", "from 1 to 12"), ("--num-quantiles 8 0 8", "at least 1"),
+                        ("--width 0", "--width must be"), ("--buffer-size 7", "--buffer-size must be"),
+                        ("--epsilon 2", "--epsilon must be"), ("--horizon 0", "--horizon must be"),
+                        ("--buffer-size 1000000000 --total-timesteps 1000000000000", "--preset laptop"),
+                        ("--resume {run} --preset gin", "--preset laptop, not gin")],
     "dgrad_arch_sac.py": [*MT_BAD, ("--m-init zeros", "zeros"), ("--task-net-hidden -1", "--task-net-hidden must be"),
                           ("--task-net-hidden 8 --m-init identity", "needs a table"),
                           ("--resume {run} --method sac", "--method dgrad-a, not sac")],
