@@ -413,6 +413,17 @@ def memory_bytes() -> int:
     return min(physical, int(text)) if text.isdigit() else physical
 
 
+def plan_memory(args: Args) -> str:
+    """What the replay can grow to, in words; a `Failure` if that is more than there is."""
+    need, have, pairs = replay_bytes(args), memory_bytes(), args.num_policies * len(args.games)
+    if need > 0.9 * have:
+        raise Failure(f"--buffer-size {args.buffer_size}: the replay of {args.num_policies} policies and "
+                      f"{len(args.games)} games would grow to {need / 1e9:.0f} GB, and there are {have / 1e9:.0f} GB "
+                      f"here; --buffer-size {int(0.8 * have / (pairs * 84 * 84))} would fit, and so would --preset "
+                      "laptop, which is for machines without a GPU")
+    return f"the replay grows to {need / 1e9:.2f} GB at most, of {have / 1e9:.0f} GB of memory here"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The method
 # ---------------------------------------------------------------------------------------------------------------------
@@ -541,6 +552,7 @@ def train(args: Args) -> Path | None:
     """E-step and M-step in turns; returns the run folder."""
     # Set-up ------------------------------------------------------------------------------------------------
     device = pick_device(args.device)
+    memory = "" if args.evaluate else plan_memory(args)
     random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
     rng, e_step_rng = (np.random.default_rng(args.seed + offset) for offset in (0, 5_000))
     n, names, num_games = args.num_policies, list(args.games), len(args.games)
@@ -555,12 +567,6 @@ def train(args: Args) -> Path | None:
         report_games(args, stage, nets, state["assignment"].numpy(), args.evaluate)
         return args.evaluate
 
-    need, have = replay_bytes(args), memory_bytes()
-    if need > 0.9 * have:
-        fits = int(0.8 * have / (n * num_games * 84 * 84))
-        raise Failure(f"--buffer-size {args.buffer_size}: the replay of {n} policies and {num_games} games would grow "
-                      f"to {need / 1e9:.0f} GB, and there are {have / 1e9:.0f} GB of memory here; --buffer-size "
-                      f"{fits} would fit, and so would --preset laptop, which is for machines without a GPU")
     state = load_checkpoint(args.resume) if args.resume else {"global_step": 0, "seconds": 0.0}
     global_step = state["global_step"]
     if global_step > end_step:
@@ -588,8 +594,7 @@ def train(args: Args) -> Path | None:
         print("the emulator's state cannot be saved: the run goes on with fresh episodes"
               + ", and with an empty replay" * (not args.save_replay))
     run = Run(args, names, global_step, state["seconds"])
-    print(f"{n} policies of {sum(p.numel() for p in nets[0].parameters()):,} parameters; the replay takes up to "
-          f"{need / 1e9:.2f} GB of the {have / 1e9:.0f} GB of memory here", flush=True)
+    print(f"{n} policies of {sum(p.numel() for p in nets[0].parameters()):,} parameters; {memory}", flush=True)
     losses = [[] for _ in range(n)]
 
     def e_step() -> np.ndarray:

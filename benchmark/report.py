@@ -87,8 +87,8 @@ def verdict(claim: str, runs: dict[str, list[np.ndarray]], measure: str) -> str:
 
 def summary(runs: dict[str, list[np.ndarray]], figure: dict) -> str:
     """Markdown: the measure at the quarters of the runs, its mean over the last quarter, each task's, the verdicts."""
-    measure, digits = figure["measure"], 2 if "success" in figure["measure"] else 0
-    kind = measure.removeprefix("mean_")
+    measure = figure["measure"]
+    kind, digits = "success" if measure == "mean_success" else "return", 0 if measure == "mean_return" else 2
     columns = next(iter(runs.values()))[0].dtype.names
     tasks = [key.removesuffix(f"/{kind}") for key in columns if key.endswith(f"/{kind}")]
     lines = [f"| {measure.replace('_', ' ')} | seeds | at 1/4 | at 1/2 | at 3/4 | end | last quarter |",
@@ -102,7 +102,8 @@ def summary(runs: dict[str, list[np.ndarray]], figure: dict) -> str:
         lines.append(f"| {method} | {len(seeds)} | {' | '.join(cells)} |")
     lines += ["", f"| {kind} per task, last quarter | {' | '.join(tasks)} |", "|---" * (1 + len(tasks)) + "|"]
     for method, seeds in runs.items():
-        values = [spread([late(table, f"{task}/{kind}") for table in seeds], digits) for task in tasks]
+        places = 2 if kind == "success" else 0
+        values = [spread([late(table, f"{task}/{kind}") for table in seeds], places) for task in tasks]
         lines.append(f"| {method} | {' | '.join(values)} |")
     return "\n".join([*lines, "", *(verdict(claim, runs, measure) for claim in figure["expected"])]) + "\n"
 

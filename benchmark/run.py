@@ -98,7 +98,8 @@ def jobs_of(args: Args) -> list[Job]:
     for seed in args.seeds or scale["seeds"]:
         for method, own in figure["methods"].items():
             if not args.methods or method in args.methods:
-                flags = shlex.split(f"{figure['flags']} {own}".format(runs_dir=args.runs_dir, seed=seed))
+                text = " ".join([figure["flags"], own, scale.get("flags", ""), scale.get("own", {}).get(method, "")])
+                flags = shlex.split(text.format(runs_dir=args.runs_dir, seed=seed))
                 flags += ["--seed", str(seed)] + ["--total-timesteps", str(scale.get("steps"))] * ("steps" in scale)
                 steps = int(flags[flags.index("--total-timesteps") + 1])
                 jobs.append(Job(args.runs_dir / args.figure / f"{method}-s{seed}", figure["script"], flags, steps))

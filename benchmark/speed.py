@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -299,6 +300,110 @@ def _picor_update(pi, args, learners, optimizers, buffer, weights):
     return lambda: pi.picor_update(args, learners, optimizers, buffer, 0, weights, rng)
 
 
+# --- iqn_em_atari ----------------------------------------------------------------------------------------------------
+class StackedIQN(nn.Module):
+    """n of the script's networks, with one game, in one: grouped convolutions and stacked products."""
+
+    def __init__(self, n: int, width: float):
+        super().__init__()
+        f1, f2, f3, units = (int(width * size) for size in (32, 64, 64, 512))
+        self.n, self.conv1 = n, nn.Conv2d(4 * n, f1 * n, 8, 4, 2, groups=n)
+        self.conv2, self.conv3 = nn.Conv2d(f1 * n, f2 * n, 4, 2, groups=n), nn.Conv2d(f2 * n, f3 * n, 3, 1, 1, groups=n)
+        self.shapes = [(64, 121 * f3), (121 * f3, units), (units, 18)]
+        self.weights = nn.ParameterList(0.01 * torch.randn(n, *shape) for shape in self.shapes)
+        self.biases = nn.ParameterList(torch.zeros(n, 1, shape[1]) for shape in self.shapes)
+        self.heads = [lambda hidden: torch.baddbmm(self.biases[2], hidden, self.weights[2])]
+
+    def features(self, obs):
+        """(B, n * 4, 84, 84) -> (n, B, F)."""
+        x = torch.relu(self.conv2(nn.functional.pad(torch.relu(self.conv1(obs / 255)), (1, 2, 1, 2))))
+        return torch.relu(self.conv3(x)).view(len(obs), self.n, -1).transpose(0, 1)
+
+    def forward(self, features, taus):
+        """(n, B, F), (n, B, N) -> (n, B, N, 18)."""
+        cosines = torch.cos(torch.pi * torch.arange(1, 65) * taus[..., None]).flatten(1, 2)
+        embedded = torch.relu(torch.baddbmm(self.biases[0], cosines, self.weights[0]))
+        hidden = features[:, :, None] * embedded.view(*taus.shape, -1)
+        hidden = torch.relu(torch.baddbmm(self.biases[1], hidden.flatten(1, 2), self.weights[1]))
+        return torch.baddbmm(self.biases[2], hidden, self.weights[2]).view(*taus.shape, 18)
+
+    def update(self, iqn, args, optimizer, batch):
+        """The script's `iqn_update` for all of them."""
+        obs, actions, returns, discounts, next_obs = batch
+        n_online, n_target, n_acting = args.num_quantiles
+        with torch.no_grad():
+            z = self(self.features(next_obs), torch.rand(self.n, len(obs), n_acting + n_target))
+            best = z[:, :, :n_acting].mean(2).argmax(2)[:, :, None, None].expand(-1, -1, n_target, 1)
+            samples = returns[:, None] + discounts[:, None] * z[:, :, n_acting:].gather(3, best).squeeze(3)
+        taus = torch.rand(self.n, len(obs), n_online)
+        chosen = actions[None, :, None, None].expand(self.n, -1, n_online, 1)
+        quantiles = self(self.features(obs), taus).gather(3, chosen).squeeze(3)
+        loss = iqn.quantile_huber_loss(quantiles.flatten(0, 1), taus.flatten(0, 1), samples.flatten(0, 1))
+        optimizer.zero_grad()
+        (self.n * loss.mean()).backward()
+        optimizer.step()
+
+
+def _iqn_loop(iqn, args, nets, optimizers, batch):
+    for net, optimizer in zip(nets, optimizers):
+        iqn.iqn_update(args, net, net, optimizer, batch, 0)
+
+
+def iqn_em_atari() -> None:
+    import iqn_em_atari as iqn
+    rng, games = np.random.default_rng(0), ("MsPacman", "Alien", "Assault", "DemonAttack")
+    for preset in ("laptop", "gin"):
+        args = iqn.Args(preset=preset, games=games)
+        replay = iqn.FrameReplay(4_000)
+        frame = rng.integers(256, size=(4, 84, 84), dtype=np.uint8)
+        replay.begin(frame)
+        for k in range(3_500):
+            replay.add(k % 6, 1.0, k % 500 == 499, frame)
+        nets = [iqn.IQN([18], args.width) for _ in range(4)]
+        optimizers = [torch.optim.Adam(net.parameters(), lr=args.lr, fused=True) for net in nets]
+        stack = StackedIQN(4, args.width)
+        stack_optimizer = torch.optim.Adam(stack.parameters(), lr=args.lr, fused=True)
+        batch = replay.sample(rng, args.batch_size, args.n_step, args.gamma)
+        wide = [x.repeat(1, 4, 1, 1) if x.dim() == 4 else x for x in batch]
+
+        functions = {"one": partial(iqn.iqn_update, args, nets[0], nets[0], optimizers[0], batch, 0),
+                     "loop": partial(_iqn_loop, iqn, args, nets, optimizers, batch),
+                     "stack": partial(stack.update, iqn, args, stack_optimizer, wide),
+                     "sample": partial(replay.sample, rng, args.batch_size, args.n_step, args.gamma),
+                     "act": partial(iqn.greedy_actions, nets[0], torch.from_numpy(frame[None]), [0],
+                                    args.num_quantiles[2])}
+        with FlopCounterMode(display=False) as counter:
+            functions["one"]()
+        products = matrix_products(1, args.batch_size * args.num_quantiles[0], int(512 * args.width))
+        times = milliseconds(functions | {name: f for name, (f, _) in products.items()},
+                             repetitions=9 if preset == "laptop" else 3)
+        peak = max(flop / times[name] / 1e6 for name, (_, flop) in products.items())
+        reached = counter.get_total_flops() / times["one"] / 1e6
+        line(f"{preset}: update of one policy, N, N', K = {args.num_quantiles}, width {args.width}",
+             f"{times['one']:.0f} ms, {counter.get_total_flops() / 1e9:.2f} GFLOP")
+        line("its share of the matrix-product peak", f"{reached:.0f} of {peak:.0f} GFLOP/s = {reached / peak:.0%}")
+        line("four policies, one after the other", f"{times['loop']:.0f} ms")
+        line("the same as a stack", f"{times['stack']:.0f} ms: {times['stack'] / times['loop']:.2f} x")
+        line("draw a batch; act in one state", f"{times['sample']:.1f} ms; {times['act']:.1f} ms")
+    arcade = iqn.Arcade(args)
+    for pairs in ([(0, game)] for game in range(4)):
+        arcade.reset(pairs[0], 0)
+    pairs = [(0, game) for game in range(4)]
+    steps = milliseconds({"alone": lambda: arcade.step(pairs[:1], [0]), "four": lambda: arcade.step(pairs, [0] * 4)},
+                         repetitions=200)
+    line("stepping MsPacman alone; four games at a time", f"{4e3 / steps['alone']:,.0f} frames/s; "
+         f"{16e3 / steps['four']:,.0f} frames/s")
+    replay, before = iqn.FrameReplay(100_000), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    replay.begin(frame)
+    for k in range(99_999):
+        replay.add(k % 6, 1.0, k % 500 == 499, frame)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    line("replay of 100,000 frames", f"{grown / 1e9:.3f} GB; 7,056 bytes each would be 0.706 GB")
+    whole_run("iqn_em_atari", ["--preset", "laptop", "--games", *games, "--num-policies", "2", "--total-timesteps",
+                               "20000", "--m-step-size", "10000", "--eval-episodes", "1"],
+              "laptop, em, two policies, four games, 20,000 steps")
+
+
 def whole_run(script: str, arguments: list[str], label: str, update: float | None = None) -> None:
     """Run a script as a user does; report steps per second between start-up and end, and the peak of its memory.
 
@@ -321,6 +426,6 @@ if __name__ == "__main__":
           f"torch {torch.__version__}\n")
     print("| measured | value |\n|---|---|")
     for name in sys.argv[1:] or ["qmp_sac", "em_clustering_td3", "pcgrad_sac", "dgrad_arch_sac", "multitask_a2c",
-                                 "picor_sac"]:
+                                 "picor_sac", "iqn_em_atari"]:
         line(f"**{name}.py**", "")
         globals()[name]()

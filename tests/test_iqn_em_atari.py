@@ -287,11 +287,11 @@ def test_the_replays_size_is_reported_and_refused(monkeypatch, capsys, tmp_path)
     monkeypatch.setattr(iqn, "memory_bytes", lambda: 16 * 10**9)
     assert iqn.replay_bytes(iqn.Args()) == 48 * 300_000 * 7_056
     assert iqn.replay_bytes(iqn.Args(total_timesteps=1_000_000)) == 7_056_000_000
-    with pytest.raises(iqn.Failure, match=r"grow to 102 GB, and there are 16 GB .* --buffer-size 37792 would fit"):
+    with pytest.raises(iqn.Failure, match=r"grow to 102 GB, and there are 16 GB here; --buffer-size 37792 would fit"):
         iqn.train(iqn.Args(runs_dir=tmp_path))
     assert not list(tmp_path.iterdir()) and 48 * 37_792 * 7_056 < 0.81 * 16e9
     iqn.train(small(total_timesteps=20, m_step_size=10, runs_dir=tmp_path))
-    assert "the replay takes up to 0.00 GB of the 16 GB" in capsys.readouterr().out
+    assert "the replay grows to 0.00 GB at most, of 16 GB" in capsys.readouterr().out
 
 
 def test_memory_is_the_machines_or_the_containers():
