@@ -68,14 +68,13 @@ from tqdm import tqdm
 # Settings
 # ---------------------------------------------------------------------------------------------------------------------
 PAPER = dict(total_timesteps=33_000_000, checkpoint_every=1_000_000, m_step_size=250_000, eval_steps=27_000,
-             horizon=27_000,
-             learning_starts=20_000, epsilon_period=250_000, target_period=8_000, buffer_size=300_000)
+             horizon=27_000, learning_starts=20_000, epsilon_period=250_000, target_period=8_000, buffer_size=300_000)
 PRESETS = {  # a setting left at None takes its value from here
     "gin": PAPER | dict(num_quantiles=(64, 64, 32), n_step=3, lr=5e-5, scale=1.0),
     "code": PAPER | dict(num_quantiles=(32, 32, 32), n_step=1, lr=2.5e-4, scale=1.0),
     "laptop": dict(total_timesteps=300_000, checkpoint_every=50_000, m_step_size=25_000, eval_steps=2_000,
-                   horizon=4_500, learning_starts=2_000, epsilon_period=25_000, target_period=1_000, buffer_size=100_000,
-                   num_quantiles=(8, 8, 8), n_step=3, lr=2.5e-4, scale=0.25),
+                   horizon=4_500, learning_starts=2_000, epsilon_period=25_000, target_period=1_000,
+                   buffer_size=100_000, num_quantiles=(8, 8, 8), n_step=3, lr=2.5e-4, scale=0.25),
 }
 WIDTH = {"em": 1.0, "multihead": 2.0, "ppt": 3 ** -0.5}      # about as many parameters in all, with twelve games
 SCORES = {  # of random play and of a human: the usual table of 57 Atari games
