@@ -1,11 +1,18 @@
 """Draw a figure from its runs and say what agrees with the paper: python benchmark/report.py FIGURE [--runs-dir DIR]
 
-Reads the runs that benchmark/run.py has made (finished ones), copies their metrics.csv to benchmark/results/FIGURE/,
-draws curves.png there, and writes a table and the verdicts to the script's page in docs/, between the markers
-<!-- FIGURE --> and <!-- /FIGURE -->. Without runs it draws what benchmark/results/ holds.
+Reads the finished runs that benchmark/run.py has made into benchmark/results/FIGURE/: the metrics.csv of each, what its
+training episodes achieved, the pictures of seed 1, and in runs.json command, versions and hours. From these it makes
+tidy.csv (a row per run, evaluation and task), curves.png and summary.md: means and standard deviations over seeds, the
+interquartile mean with a stratified bootstrap interval (rliable), and a verdict for each ordering that the paper
+claims. The summary also goes to the script's page in docs/, between <!-- FIGURE --> and <!-- /FIGURE -->. Without runs
+it does all that with what benchmark/results/ holds.
 """
 from __future__ import annotations
 
+import csv
+import json
+import os
+import platform
 import re
 import shutil
 import sys
@@ -15,40 +22,100 @@ from pathlib import Path
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
+from rliable.library import get_interval_estimates
+from rliable.metrics import aggregate_iqm
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.insert(0, str(Path(__file__).parent))
 import run  # noqa: E402
+
+RESULTS = run.ROOT / "benchmark" / "results"
+BINS = 20                                                 # of a run, for what training episodes achieved
 
 
 @dataclass
 class Args:
     figure: tyro.conf.Positional[str]
     """entry of benchmark/figures.toml"""
+    scale: run.Scale = "laptop"
+    """which of its runs: the same as for benchmark/run.py"""
     runs_dir: Path = Path("runs")
     """where benchmark/run.py has put the runs"""
 
     def __post_init__(self):
-        if self.figure not in run.FIGURES:
-            raise ValueError(f"no figure {self.figure}; there are {', '.join(run.FIGURES)}")
+        figure = run.figure_named(self.figure)
+        for key, says in (("command", "its command draws it: "), ("same_runs_as", "it is drawn with ")):
+            if key in figure:
+                raise ValueError(f"{self.figure} has no runs of its own; {says}{figure[key]}")
 
 
+# --- what the runs say -----------------------------------------------------------------------------------------------
 def collect(args: Args) -> Path:
-    """Copy what finished runs have measured, with the picture of the method of each method's first seed."""
-    results = run.ROOT / "benchmark" / "results" / args.figure
+    """Copy what finished runs have measured."""
+    figure, results = run.FIGURES[args.figure], RESULTS / args.figure
     results.mkdir(parents=True, exist_ok=True)
-    for job in run.jobs_of(run.Args(args.figure, runs_dir=args.runs_dir)):
+    known = json.loads((results / "runs.json").read_text()) if (results / "runs.json").exists() else {}
+    plain = run.jobs_of(run.Args(args.figure, scale=args.scale))       # with the default folder in their commands
+    for job, as_typed in zip(run.jobs_of(run.Args(args.figure, scale=args.scale, runs_dir=args.runs_dir)), plain):
         if job.finished:
-            folder = sorted(job.folder.glob("*/metrics.csv"))[-1].parent
-            shutil.copy(folder / "metrics.csv", results / f"{job.folder.name}.csv")
-            for picture in folder.glob("*.png") if job.folder.name.endswith("-s1") else ():
-                shutil.copy(picture, results / f"{job.folder.name}-{picture.name}")
+            folder, name = sorted(job.folder.glob("*/metrics.csv"))[-1].parent, job.folder.name
+            shutil.copy(folder / "metrics.csv", results / f"{name}.csv")
+            if (folder / "mixture.csv").exists():
+                shutil.copy(folder / "mixture.csv", results / f"{name}-mixture.csv")
+            for picture in folder.glob("*.png") if name.endswith("-s1") else ():
+                shutil.copy(picture, results / f"{name}-{picture.name}")
+            tasks, rows = training(folder, figure.get("progress", kind_of(figure)))
+            if tasks:
+                np.savetxt(results / f"{name}-training.csv", rows, "%.4g", ",", comments="",
+                           header=",".join(["global_step", *tasks]))
+            about, table = json.loads((folder / "args.json").read_text()), read(folder / "metrics.csv")
+            known[name] = {"command": " ".join(["python", job.script, *as_typed.flags]), "versions": about["versions"],
+                           "hours": round(table["seconds"][-1] / 3600, 2), "steps": int(table["global_step"][-1]),
+                           "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread"}
+    if known:
+        (results / "runs.json").write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
     return results
 
 
-def tables(results: Path, method: str) -> list[np.ndarray]:
-    """metrics.csv of every seed."""
-    paths = sorted(path for path in results.glob(f"{method}-s*.csv") if re.fullmatch(rf"{method}-s\d+", path.stem))
-    return [np.genfromtxt(path, delimiter=",", names=True, deletechars="", ndmin=1) for path in paths]
+def training(folder: Path, progress: str) -> tuple[list[str], np.ndarray]:
+    """What training episodes achieved, behaviour included: tasks, and rows of step and the tasks' means in a bin."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    key = {"return": "episodic_return"}.get(progress, progress)
+    logged = {name.split("/")[1] for name in events.Tags()["scalars"] if re.fullmatch(rf"tasks/[^/]+/{key}", name)}
+    columns = read(folder / "metrics.csv").dtype.names
+    tasks = [task for task in dict.fromkeys(name.split("/")[0] for name in columns if "/" in name) if task in logged]
+    found = {task: np.array([(e.step, e.value) for e in events.Scalars(f"tasks/{task}/{key}")]) for task in tasks}
+    last = max((values[:, 0].max() for values in found.values()), default=0)
+    rows = np.full((BINS, 1 + len(tasks)), np.nan)
+    rows[:, 0] = np.ceil(last / BINS * np.arange(1, BINS + 1))
+    for column, values in enumerate(found.values(), 1):
+        for row in rows:
+            inside = (values[:, 0] > row[0] - last / BINS) & (values[:, 0] <= row[0])
+            row[column] = values[inside, 1].mean() if inside.any() else np.nan
+    return tasks, rows
+
+
+def read(path: Path) -> np.ndarray:
+    return np.genfromtxt(path, delimiter=",", names=True, deletechars="", ndmin=1)
+
+
+def tables(results: Path, method: str, suffix: str = "") -> dict[int, np.ndarray]:
+    """By seed: metrics.csv, or with a suffix what was written beside it."""
+    found = {re.fullmatch(rf"{re.escape(method)}-s(\d+){suffix}", path.stem): path for path in results.glob("*.csv")}
+    return {int(match[1]): read(path) if suffix != "-mixture" else np.loadtxt(path, delimiter=",")
+            for match, path in sorted(found.items(), key=lambda item: str(item[1])) if match}
+
+
+def kind_of(figure: dict) -> str:
+    """The column that each task has: its success where that is what the figure shows, else its return."""
+    return "success" if figure["measure"] == "mean_success" else "return"
+
+
+def tasks_of(table: np.ndarray) -> list[str]:
+    """Names in their order; "mixture" is no task but QMP's behaviour policy, over all tasks."""
+    names = [name.removesuffix("/return") for name in table.dtype.names if name.endswith("/return")]
+    return [name for name in names if f"{name}/success" in table.dtype.names and name != "mixture"]
 
 
 def late(table: np.ndarray, key: str) -> float:
@@ -56,56 +123,143 @@ def late(table: np.ndarray, key: str) -> float:
     return table[key][table["global_step"] > 0.75 * table["global_step"][-1]].mean()
 
 
+# --- pictures and tables ---------------------------------------------------------------------------------------------
+def write_tidy(results: Path, runs: dict[str, dict]) -> None:
+    """tidy.csv: one row per run, evaluation and task, for whatever plots a reader prefers."""
+    with open(results / "tidy.csv", "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["method", "seed", "global_step", "task", "return", "success"])
+        for method, seeds in runs.items():
+            for seed, table in seeds.items():
+                for task in tasks_of(table):
+                    for step, value, success in zip(table["global_step"], table[f"{task}/return"],
+                                                    table[f"{task}/success"]):
+                        writer.writerow([method, seed, int(step), task, f"{value:.6g}", f"{success:.6g}"])
+
+
+def panels(results: Path, runs: dict[str, dict], figure: dict) -> list[tuple[str, dict]]:
+    """What curves.png shows: label, and for each method the curves of its seeds as pairs of steps and values."""
+    measure, progress = figure["measure"], figure.get("progress")
+    shown = [(f"{measure.replace('_', ' ')}, evaluated", {
+        method: [(t["global_step"], t[measure]) for t in seeds.values()] for method, seeds in runs.items()})]
+    if progress:
+        shown.append((f"{progress}, evaluated, mean over tasks", {
+            method: [(t["global_step"], np.mean([t[f"{task}/{progress}"] for task in tasks_of(t)], axis=0))
+                     for t in seeds.values()] for method, seeds in runs.items()}))
+    trained = {method: tables(results, method, "-training") for method in runs}
+    if all(trained.values()):
+        shown.append((f"{progress or kind_of(figure)} in training episodes", {
+            method: [(t["global_step"], np.nanmean([t[task] for task in t.dtype.names[1:]], axis=0))
+                     for t in seeds.values()] for method, seeds in trained.items()}))
+    return shown
+
+
+def draw(results: Path, runs: dict[str, dict], figure: dict) -> None:
+    """curves.png: mean and standard deviation over seeds; for QMP also how much each task trusts its own policy."""
+    shown = panels(results, runs, figure)
+    method, seeds = next(iter(runs.items()))
+    own = [name for name in next(iter(seeds.values())).dtype.names if name.endswith("/own_share")]
+    picture = Figure(figsize=(5.2 * (len(shown) + bool(own)), 4.2), layout="constrained")
+    axes = picture.subplots(1, len(shown) + bool(own), squeeze=False)[0]
+    for axis, (shows, methods) in zip(axes, shown):
+        for label, curves in methods.items():
+            rows = min(len(steps) for steps, _ in curves)
+            values = np.array([value[:rows] for _, value in curves])
+            axis.plot(curves[0][0][:rows], values.mean(0),
+                      label=f"{label} ({len(curves)} {'seed' if len(curves) == 1 else 'seeds'})")
+            axis.fill_between(curves[0][0][:rows], values.mean(0) - values.std(0), values.mean(0) + values.std(0),
+                              alpha=0.2)
+        axis.set(xlabel="environment steps", ylabel=shows)
+    axes[0].legend(frameon=False)
+    picture.suptitle(figure["title"])
+    if own:
+        for name in own:
+            axes[-1].plot(next(iter(seeds.values()))["global_step"], np.mean([t[name] for t in seeds.values()], 0),
+                          label=name.split("/")[0], linewidth=1)
+        axes[-1].axhline(1 / len(own), color="black", linestyle=":", linewidth=1)
+        axes[-1].set(xlabel="environment steps", ylabel=f"{method}: share of steps by the own policy")
+        axes[-1].legend(frameon=False, fontsize=7, ncols=2)
+    picture.savefig(results / "curves.png", dpi=120)
+    mixtures = tables(results, method, "-mixture")
+    if mixtures:
+        sys.path.insert(0, str(run.ROOT))
+        import torch
+
+        from qmp_sac import plot_mixture
+        plot_mixture(results / "mixture.png", torch.from_numpy(np.mean(list(mixtures.values()), 0)),
+                     [name.split("/")[0] for name in own])
+
+
 def spread(values: list[float], digits: int) -> str:
     return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values):.{digits}f}" if len(values) > 1 else "")
 
 
-def draw(results: Path, runs: dict[str, list[np.ndarray]], figure: dict) -> None:
-    """The measure over training, mean and standard deviation over seeds."""
-    picture = Figure(figsize=(7, 4.5), layout="constrained")
-    axis = picture.subplots()
-    for method, seeds in runs.items():
-        rows = min(map(len, seeds))
-        values, steps = np.array([table[figure["measure"]][:rows] for table in seeds]), seeds[0]["global_step"][:rows]
-        axis.plot(steps, values.mean(0), label=f"{method} ({len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'})")
-        axis.fill_between(steps, values.mean(0) - values.std(0), values.mean(0) + values.std(0), alpha=0.2)
-    axis.set(xlabel="environment steps", ylabel=figure["measure"].replace("_", " "), title=figure["title"])
-    axis.legend(frameon=False)
-    picture.savefig(results / "curves.png", dpi=120)
+def interval(scores: np.ndarray, digits: int) -> str:
+    """Interquartile mean of (seeds, tasks), with its 95 % interval where there are seeds to draw from."""
+    np.random.seed(0)                                                  # rliable draws from the global generator
+    if len(scores) < 2:
+        return f"{aggregate_iqm(scores):.{digits}f}"
+    point, bounds = get_interval_estimates({"runs": scores}, lambda x: np.array([aggregate_iqm(x)]), reps=2_000)
+    low, high = bounds["runs"][:, 0]
+    return f"{point['runs'][0]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def verdict(claim: str, runs: dict[str, list[np.ndarray]], measure: str) -> str:
+def verdict(claim: str, runs: dict[str, dict], measure: str) -> str:
     """Whether the last quarter of the runs agrees with an ordering such as "em > sp"."""
     better, worse = claim.split(" > ")
     if min(len(runs.get(name, ())) for name in (better, worse)) < 3:
         return f"* {claim}: not enough runs (three seeds of both are needed)"
-    high, low = ([late(table, measure) for table in runs[name]] for name in (better, worse))
+    high, low = ([late(table, measure) for table in runs[name].values()] for name in (better, worse))
     gap, noise = np.mean(high) - np.mean(low), np.hypot(np.std(high), np.std(low))
     word = "within the spread of seeds" if abs(gap) < noise else "agrees" if gap > 0 else "does not agree"
     return f"* {claim}: {word} (difference {gap:.3g}, spread {noise:.3g})"
 
 
-def summary(runs: dict[str, list[np.ndarray]], figure: dict) -> str:
-    """Markdown: the measure at the quarters of the runs, its mean over the last quarter, each task's, the verdicts."""
-    measure = figure["measure"]
-    kind, digits = "success" if measure == "mean_success" else "return", 0 if measure == "mean_return" else 2
-    columns = next(iter(runs.values()))[0].dtype.names
-    tasks = [key.removesuffix(f"/{kind}") for key in columns if key.endswith(f"/{kind}")]
-    lines = [f"| {measure.replace('_', ' ')} | seeds | at 1/4 | at 1/2 | at 3/4 | end | last quarter |",
-             "|---" * 7 + "|"]
+def summary(results: Path, runs: dict[str, dict], figure: dict) -> str:
+    """Markdown: the measure at the quarters of the runs and over the last one, each task's, and the verdicts."""
+    measure, kind = figure["measure"], kind_of(figure)
+    digits, places = 0 if measure == "mean_return" else 2, 2 if kind == "success" else 0
+    first = next(iter(next(iter(runs.values())).values()))
+    tasks = tasks_of(first)
+    lines = [f"| {measure.replace('_', ' ')} | seeds | at 1/4 | at 1/2 | at 3/4 | end | last quarter | {kind} of tasks "
+             "in it, interquartile mean |", "|---" * 8 + "|"]
     for method, seeds in runs.items():
         cells = []
         for share in (0.25, 0.5, 0.75, 1.0):
-            rows = [np.abs(table["global_step"] - share * table["global_step"][-1]).argmin() for table in seeds]
-            cells.append(spread([table[measure][row] for table, row in zip(seeds, rows)], digits))
-        cells.append(spread([late(table, measure) for table in seeds], digits))
-        lines.append(f"| {method} | {len(seeds)} | {' | '.join(cells)} |")
-    lines += ["", f"| {kind} per task, last quarter | {' | '.join(tasks)} |", "|---" * (1 + len(tasks)) + "|"]
-    for method, seeds in runs.items():
-        places = 2 if kind == "success" else 0
-        values = [spread([late(table, f"{task}/{kind}") for table in seeds], places) for task in tasks]
-        lines.append(f"| {method} | {' | '.join(values)} |")
-    return "\n".join([*lines, "", *(verdict(claim, runs, measure) for claim in figure["expected"])]) + "\n"
+            rows = [np.abs(t["global_step"] - share * t["global_step"][-1]).argmin() for t in seeds.values()]
+            cells.append(spread([t[measure][row] for t, row in zip(seeds.values(), rows)], digits))
+        cells.append(spread([late(t, measure) for t in seeds.values()], digits))
+        scores = np.array([[late(t, f"{task}/{kind}") for task in tasks] for t in seeds.values()])
+        lines.append(f"| {method} | {len(seeds)} | {' | '.join(cells)} | {interval(scores, places)} |")
+    for name in dict.fromkeys((kind, figure.get("progress", kind))):
+        lines += ["", f"| {name} per task, last quarter | {' | '.join(tasks)} |", "|---" * (1 + len(tasks)) + "|"]
+        for method, seeds in runs.items():
+            values = [spread([late(t, f"{task}/{name}") for t in seeds.values()],
+                             places if name == kind else 2) for task in tasks]
+            lines.append(f"| {method} | {' | '.join(values)} |")
+    lines += shares(results, runs)
+    lines += ["", *(verdict(claim, runs, measure) for claim in figure["expected"])]
+    if (results / "runs.json").exists():
+        known = json.loads((results / "runs.json").read_text())
+        hours = [about["hours"] for about in known.values()]
+        versions = next(iter(known.values()))["versions"]
+        lines += ["", f"{len(known)} runs of {min(hours):.1f} to {max(hours):.1f} hours each, one thread, torch "
+                      f"{versions['torch']}; their commands are in `benchmark/results/{results.name}/runs.json`."]
+    return "\n".join(lines) + "\n"
+
+
+def shares(results: Path, runs: dict[str, dict]) -> list[str]:
+    """Markdown of what only some scripts write: which policy acted in whose task."""
+    method = next(iter(runs))
+    mixtures = tables(results, method, "-mixture")
+    if not mixtures:
+        return []
+    tasks = tasks_of(next(iter(runs[method].values())))
+    lines = ["", f"{method}, mean over seeds and over the whole run: share of the row's task in which the column's "
+             "policy acted.", "", f"| task | {' | '.join(tasks)} |", "|---" * (1 + len(tasks)) + "|"]
+    for task, row in zip(tasks, np.mean(list(mixtures.values()), 0)):
+        lines.append(f"| {task} | {' | '.join(f'{share:.3f}' for share in row)} |")
+    return lines
 
 
 def main(args: Args) -> None:
@@ -113,8 +267,9 @@ def main(args: Args) -> None:
     runs = {method: found for method in figure["methods"] if (found := tables(results, method))}
     if not runs:
         sys.exit(f"no finished runs of {args.figure} in {args.runs_dir}: python benchmark/run.py {args.figure}")
+    write_tidy(results, runs)
     draw(results, runs, figure)
-    text = summary(runs, figure)
+    text = summary(results, runs, figure)
     (results / "summary.md").write_text(text)
     page = run.ROOT / "docs" / figure["script"].replace(".py", ".md")
     begin, end = f"<!-- {args.figure} -->", f"<!-- /{args.figure} -->"

@@ -2,7 +2,8 @@
 
 The figures are the entries of benchmark/figures.toml. Each run is a plain command of one script, with one thread and a
 folder of its own, RUNS_DIR/FIGURE/METHOD-sSEED/. Runs that are finished are skipped, runs that were interrupted go on
-from their checkpoint, a run that fails does not stop the others and is named at the end.
+from their checkpoint, a run that fails does not stop the others and is named at the end. With --launcher slurm each run
+becomes a job of a cluster, through submitit: start the same command again to go on with those that were cut off.
 """
 from __future__ import annotations
 
@@ -25,13 +26,21 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 FIGURES = tomllib.loads((ROOT / "benchmark" / "figures.toml").read_text())
+Scale = Literal["laptop", "paper"]
+
+
+def figure_named(name: str) -> dict:
+    """The entry of figures.toml."""
+    if name not in FIGURES:
+        raise ValueError(f"no figure {name}; there are {', '.join(FIGURES)}")
+    return FIGURES[name]
 
 
 @dataclass
 class Args:
     figure: tyro.conf.Positional[str]
     """entry of benchmark/figures.toml"""
-    scale: Literal["laptop", "paper"] = "laptop"
+    scale: Scale = "laptop"
     """steps and seeds: what two cores can do, or the paper's own"""
     workers: int = 2
     """runs at a time, one thread each"""
@@ -43,15 +52,22 @@ class Args:
     """these seeds in place of the scale's"""
     dry_run: bool = False
     """print the commands and do nothing"""
+    launcher: Literal["local", "slurm"] = "local"
+    """run here, or hand each run to SLURM (submitit) and return"""
+    slurm_hours: int = 24
+    """time limit of a SLURM job"""
+    slurm_partition: str | None = None
+    """where SLURM puts the jobs; None: its default"""
 
     def __post_init__(self):
-        if self.figure not in FIGURES:
-            raise ValueError(f"no figure {self.figure}; there are {', '.join(FIGURES)}")
-        known = FIGURES[self.figure]["methods"]
+        figure = figure_named(self.figure)
+        if "same_runs_as" in figure:
+            raise ValueError(f"{self.figure} is drawn from the runs of {figure['same_runs_as']}: run and report that")
+        known = figure.get("methods", {})
         if set(self.methods) - set(known):
             raise ValueError(f"--methods of {self.figure} are {', '.join(known)}; got {' '.join(self.methods)}")
-        if self.workers < 1:
-            raise ValueError(f"--workers must be at least 1, got {self.workers}")
+        if self.workers < 1 or self.slurm_hours < 1:
+            raise ValueError(f"--workers and --slurm-hours must be at least 1, got {self.workers}, {self.slurm_hours}")
 
 
 @dataclass
@@ -118,18 +134,12 @@ def watch(jobs: list[Job], done: threading.Event) -> None:
         bar.close()
 
 
-def main(args: Args) -> None:
-    jobs = jobs_of(args)
-    if args.dry_run:
-        for job in jobs:
-            print("finished: " * job.finished + shlex.join(["python", job.script, *job.flags]))
-        return
-    waiting, done, started = [job for job in jobs if not job.finished], threading.Event(), time.time()
-    print(f"{FIGURES[args.figure]['title']}: {len(jobs)} runs, {len(jobs) - len(waiting)} of them finished before")
+def run_here(args: Args, waiting: list[Job]) -> list[str]:
+    """Run the jobs, --workers at a time; what to say of those that failed."""
+    done, started, failed = threading.Event(), time.time(), []
     watcher = threading.Thread(target=watch, args=(waiting, done))
     watcher.start()
     with ThreadPoolExecutor(args.workers) as pool:
-        failed = []
         for job, status in zip(waiting, pool.map(Job.run, waiting)):
             if status:
                 failed.append(f"{job.folder.name} (status {status}): see {job.folder / 'log.txt'}")
@@ -137,8 +147,57 @@ def main(args: Args) -> None:
                 print(f"{job.folder.name} done after {(time.time() - started) / 60:.0f} min", flush=True)
     done.set()
     watcher.join()
-    print("\n".join(["these runs failed:", *failed]) if failed else
-          f"all done: python benchmark/report.py {args.figure} --runs-dir {args.runs_dir}")
+    return failed
+
+
+def hand_over(args: Args, waiting: list[Job], cluster: str = "slurm") -> list:
+    """A job of the cluster for each run, which calls this very program for it, so that it resumes as it does here.
+
+    Args:
+        cluster: submitit's name of it; "local" runs the jobs as processes of this machine.
+    Returns:
+        submitit's jobs, at most --workers of which run at a time.
+    """
+    import submitit
+    executor = submitit.AutoExecutor(args.runs_dir / args.figure / "jobs", cluster=cluster)
+    executor.update_parameters(timeout_min=60 * args.slurm_hours, cpus_per_task=1)
+    if cluster == "slurm":
+        executor.update_parameters(slurm_array_parallelism=args.workers)
+        if args.slurm_partition:
+            executor.update_parameters(slurm_partition=args.slurm_partition)
+    commands = []
+    for job in waiting:
+        method, _, seed = job.folder.name.rpartition("-s")
+        commands.append(submitit.helpers.CommandFunction([
+            sys.executable, str(Path(__file__).resolve()), args.figure, "--scale", args.scale, "--methods", method,
+            "--seeds", seed, "--workers", "1", "--runs-dir", str(args.runs_dir.resolve())]))
+    with executor.batch():
+        return [executor.submit(command) for command in commands]
+
+
+def main(args: Args) -> None:
+    figure = FIGURES[args.figure]
+    if "command" in figure:
+        print(figure["command"])
+        if not args.dry_run:
+            sys.exit(subprocess.run(shlex.split(figure["command"].replace("python", sys.executable, 1)),
+                                    cwd=ROOT).returncode)
+        return
+    jobs = jobs_of(args)
+    if args.dry_run:
+        for job in jobs:
+            print("finished: " * job.finished + shlex.join(["python", job.script, *job.flags]))
+        return
+    waiting = [job for job in jobs if not job.finished]
+    print(f"{figure['title']}: {len(jobs)} runs, {len(jobs) - len(waiting)} of them finished before")
+    report = f"python benchmark/report.py {args.figure} --scale {args.scale} --runs-dir {args.runs_dir}"
+    if args.launcher == "slurm":
+        for job, handed in zip(waiting, hand_over(args, waiting)):
+            print(f"{job.folder.name}: SLURM job {handed.job_id}")
+        print(f"when they are done: {report}")
+        return
+    failed = run_here(args, waiting)
+    print("\n".join(["these runs failed:", *failed]) if failed else f"all done: {report}")
     sys.exit(1 if failed else 0)
 
 

@@ -1,7 +1,8 @@
 """The paper's tabular figures (2, 3, 7 left, 8 left, 12) in one command: python benchmark/tabular_figures.py
 
-Runs tabular_em.py for every curve, two processes at a time with one thread each; writes to benchmark/results/tabular/
-the metrics.csv of each run, the figures, and summary.md, the tables that docs/tabular_em.md shows. Takes minutes.
+Runs tabular_em.py for every curve, two processes at a time with one thread each; writes to
+benchmark/results/em-tabular/ the metrics.csv of each run, the figures, and summary.md, the tables that
+docs/tabular_em.md shows. Takes minutes.
 """
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmark" / "results" / "tabular"
+RESULTS = ROOT / "benchmark" / "results" / "em-tabular"
 sys.path.insert(0, str(ROOT))
 from tabular_em import chain_tasks, grid_tasks, optimal_returns  # noqa: E402
 

@@ -1,0 +1,179 @@
+"""The benchmark programs: plain commands, nothing lost and nothing repeated, tables and verdicts by hand."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, SCRIPTS
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+import report  # noqa: E402
+import run  # noqa: E402
+
+TINY = {"title": "Tiny", "script": "tabular_em.py", "flags": "--env grid --trials 1 --checkpoint-every 2000",
+        "methods": {"em": "--method em", "sp": "--method sp", "bad": "--num-policies 99"}, "measure": "mean_return",
+        "expected": ["em > sp"], "laptop": {"steps": 8_000, "seeds": [1, 2]},
+        "paper": {"steps": 16_000, "seeds": [1], "flags": "--eval-every 8000", "own": {"em": "--num-policies 3"}}}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(run.FIGURES, "tiny", TINY)
+
+
+def test_every_figure_expands_to_commands_that_parse():
+    seen = set()
+    for name, figure in run.FIGURES.items():
+        assert figure["title"]
+        if "same_runs_as" in figure:
+            assert "methods" in run.FIGURES[figure["same_runs_as"]]
+        elif "command" in figure:
+            assert (ROOT / figure["command"].split()[1]).exists()
+        else:
+            for claim in figure["expected"]:
+                assert set(claim.split(" > ")) <= set(figure["methods"]), (name, claim)
+            for scale in ("laptop", "paper"):
+                assert figure[scale]["hours"]
+                for job in run.jobs_of(run.Args(name, scale=scale)):
+                    module = __import__(job.script.removesuffix(".py"))
+                    args = module.tyro.cli(module.Args, args=[str(ROOT) if "*" in f else f for f in job.flags])
+                    assert args.total_timesteps <= job.steps * 1.5 and args.seed in figure[scale]["seeds"]
+                    seen.add(job.script)
+    assert seen == {path.name for path in SCRIPTS} - {"tabular_em.py"}
+
+
+def test_jobs_come_seed_by_seed_with_the_flags_of_entry_method_and_scale(tiny):
+    jobs = run.jobs_of(run.Args("tiny"))
+    assert [job.folder.name for job in jobs] == ["em-s1", "sp-s1", "bad-s1", "em-s2", "sp-s2", "bad-s2"]
+    job, = run.jobs_of(run.Args("tiny", scale="paper", methods=("em",)))
+    assert " ".join(job.flags) == ("--env grid --trials 1 --checkpoint-every 2000 --method em --eval-every 8000 "
+                                   "--num-policies 3 --seed 1 --total-timesteps 16000")
+    for arguments, says in ((("nothing",), "there are em-2"), (("qmp-6",), "runs of qmp-4-reacher"),
+                            (("tiny", "laptop", 0), "at least 1")):
+        with pytest.raises(ValueError, match=says):
+            run.Args(*arguments)
+    with pytest.raises(ValueError, match="em, sp, bad; got em ppt"):
+        run.Args("tiny", methods=("em", "ppt"))
+
+
+def runner(tmp_path, *arguments):
+    """benchmark/run.py as a process, with the tiny figure among the others."""
+    code = (f"import sys; sys.path.insert(0, {str(ROOT / 'benchmark')!r}); import run, tyro; "
+            f"run.FIGURES['tiny'] = {TINY!r}; run.main(tyro.cli(run.Args))")
+    return subprocess.Popen([sys.executable, "-c", code, "tiny", "--runs-dir", str(tmp_path), *arguments], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_a_killed_runner_loses_nothing_and_repeats_nothing_and_failures_stop_nobody(tmp_path):
+    first = runner(tmp_path, "--workers", "1", "--seeds", "1")
+    folder = tmp_path / "tiny"
+    while not (folder / "em-s1" / "finished").exists() or not list(folder.glob("sp-s1/*/checkpoint.pt")):
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.01)
+    os.killpg(first.pid, signal.SIGKILL)                                       # in the middle of the second run
+    first.communicate()
+    done = (folder / "em-s1" / "log.txt").stat().st_mtime_ns
+    second = runner(tmp_path, "--workers", "2", "--seeds", "1")
+    output, _ = second.communicate()
+    assert second.returncode == 1 and "3 runs, 1 of them finished before" in output
+    assert re.search(r"these runs failed:\nbad-s1 \(status 2\): see \S+log.txt$", output.strip())
+    assert (folder / "em-s1" / "log.txt").stat().st_mtime_ns == done           # not touched again
+    assert len(list(folder.glob("sp-s1/grid*"))) == 1                          # one run folder: it was resumed
+    about = json.loads(next(folder.glob("sp-s1/*/args.json")).read_text())
+    assert len(about["commands"]) == 2 and "--resume" in about["commands"][1]
+    rows = (next(folder.glob("sp-s1/*/metrics.csv"))).read_text().splitlines()[1:]
+    assert [int(row.split(",")[0]) for row in rows] == sorted({int(row.split(",")[0]) for row in rows})
+    third = runner(tmp_path, "--seeds", "1", "--dry-run")
+    assert third.communicate()[0].count("finished: ") == 2
+
+
+def test_jobs_are_handed_to_a_cluster(tmp_path, monkeypatch):
+    """SLURM's place is taken by submitit's local executor; the figure is a real one, cut short."""
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    figures = tmp_path / "benchmark" / "figures.toml"
+    figures.parent.mkdir()
+    figures.write_text("""[quick]
+title = "quick"
+script = "tabular_em.py"
+flags = "--env grid --trials 1"
+methods = { em = "--method em" }
+measure = "mean_return"
+expected = []
+laptop = { steps = 4000, seeds = [1, 2] }
+""")
+    for name in ("benchmark/run.py", "tabular_em.py"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "benchmark" / "run.py"))
+    monkeypatch.setitem(run.FIGURES, "quick", run.tomllib.loads(figures.read_text())["quick"])
+    args = run.Args("quick", runs_dir=tmp_path / "runs", launcher="slurm")
+    jobs = run.jobs_of(args)
+    handed = run.hand_over(args, jobs, cluster="local")
+    assert [job.result() is not None for job in handed] == [True, True]
+    assert all(job.finished for job in jobs)
+    assert len(list((tmp_path / "runs" / "quick").glob("em-s*/grid*/metrics.csv"))) == 2
+
+
+# --- report ----------------------------------------------------------------------------------------------------------
+def table(values, tasks=("a", "b")):
+    """A metrics.csv with evaluations at 100, 200, ...; task a scores 2 less, task b 2 more than the mean."""
+    names = ["global_step", "seconds", "mean_return", "mean_success"] + [
+        f"{task}/{kind}" for task in tasks for kind in ("return", "success")]
+    rows = [(100.0 * (k + 1), 1.0 * k, value, 0.5, value - 2, 0, value + 2, 1) for k, value in enumerate(values)]
+    return np.array(rows, dtype=[(name, float) for name in names])
+
+
+def test_summary_by_hand(tmp_path):
+    runs = {"em": {1: table([0, 1, 2, 3, 4, 5, 6, 8]), 2: table([0, 1, 2, 3, 4, 5, 8, 10]),
+                   3: table([0, 1, 2, 3, 4, 5, 7, 9])},
+            "sp": {1: table([0, 0, 0, 0, 0, 0, 1, 1])}}
+    figure = {"measure": "mean_return", "expected": ["em > sp"]}
+    lines = report.summary(tmp_path, runs, figure).splitlines()
+    assert lines[2].startswith("| em | 3 | 1 ± 0 | 3 ± 0 | 5 ± 0 | 9 ± 1 | 8 ± 1 | 8 [")
+    assert lines[3] == "| sp | 1 | 0 | 0 | 0 | 1 | 1 | 1 |"
+    assert lines[5:8] == ["| return per task, last quarter | a | b |", "|---|---|---|", "| em | 6 ± 1 | 10 ± 1 |"]
+    assert lines[-1] == "* em > sp: not enough runs (three seeds of both are needed)"
+    assert report.interval(np.array([[1.0, 2, 3, 50]]), 1) == "2.5"            # a quarter is cut at both ends
+    point, low, high = map(float, re.findall(r"[\d.]+", report.interval(np.array([[6.0, 10], [8, 12], [7, 11]]), 2)))
+    assert low < point == 9.0 < high
+
+
+@pytest.mark.parametrize("low, word", [((1, 2, 3), "agrees"), ((8, 9, 10), "within"), ((21, 22, 23), "does not agree")])
+def test_verdicts_by_hand(low, word):
+    runs = {"em": dict(enumerate(table([0, 0, 0, v]) for v in (9, 10, 11))),
+            "sp": dict(enumerate(table([0, 0, 0, v]) for v in low))}
+    said = report.verdict("em > sp", runs, "mean_return")
+    assert f"em > sp: {word}" in said and f"difference {10 - np.mean(low):.3g}, spread 1.15" in said
+
+
+def test_a_report_is_drawn_from_real_runs_and_again_from_its_results(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    monkeypatch.setitem(run.FIGURES, "tiny", TINY | {"methods": {"em": "--method em", "sp": "--method sp"}})
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "tabular_em.md").write_text("before\n<!-- tiny -->\nold\n<!-- /tiny -->\nafter\n")
+    args = run.Args("tiny", runs_dir=tmp_path / "runs")
+    assert run.run_here(args, run.jobs_of(args)) == []
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    report.main(report.Args("tiny", runs_dir=tmp_path / "runs"))
+    folder, page = tmp_path / "results" / "tiny", (tmp_path / "docs" / "tabular_em.md").read_text()
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"em-s1.csv", "sp-s2.csv", "em-s1-assignment.png", "tidy.csv", "curves.png", "summary.md"}
+    assert "em-s2-assignment.png" not in names and "old" not in page and "em > sp: not enough runs" in page
+    assert page.startswith("before") and page.endswith("after\n") and "4 runs of" in page
+    about = json.loads((folder / "runs.json").read_text())["em-s1"]
+    assert about["command"] == ("python tabular_em.py --env grid --trials 1 --checkpoint-every 2000 --method em "
+                                "--seed 1 --total-timesteps 8000")
+    assert about["versions"]["torch"] and about["steps"] == 8_000 and str(tmp_path) not in json.dumps(about)
+    tidy = (folder / "tidy.csv").read_text().splitlines()
+    rows = (folder / "em-s1.csv").read_text().splitlines()[1:]
+    assert tidy[0] == "method,seed,global_step,task,return,success" and tidy[1].startswith("em,1,")
+    assert sum(line.startswith("em,1,") for line in tidy) == 12 * len(rows)
+    (folder / "curves.png").unlink()
+    report.main(report.Args("tiny", runs_dir=tmp_path / "nowhere"))            # the runs are gone, the results stay
+    assert (folder / "curves.png").exists() and "4 runs of" in capsys.readouterr().out
