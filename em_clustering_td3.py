@@ -190,6 +190,8 @@ class Args:
         if self.m_step_size % self.evals_per_m_step:
             raise ValueError(f"--m-step-size {self.m_step_size} cannot be split into {self.evals_per_m_step} equal "
                              f"parts; let --evals-per-m-step divide it")
+        round_of_all = self.num_policies * self.m_step_size
+        self.total_timesteps = round_of_all * max(1, round(self.total_timesteps / round_of_all))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -682,7 +684,6 @@ def train(args: Args) -> Path | None:
     rng, e_step_rng = (np.random.default_rng(args.seed + offset) for offset in (0, 5_000))
     n, names = args.num_policies, TASKS[args.env]
     num_tasks, part = len(names), args.m_step_size // args.evals_per_m_step        # steps per policy between E-steps
-    end_step = n * args.m_step_size * max(1, round(args.total_timesteps / (n * args.m_step_size)))
     envs = make_envs(args, list(range(num_tasks)))
     obs, _ = envs.reset(seed=args.seed)                                # (n, O); policy i's environment gets seed + i
     obs_size, action_size = obs.shape[1], envs.single_action_space.shape[0]
@@ -701,10 +702,10 @@ def train(args: Args) -> Path | None:
 
     state = load_checkpoint(args.resume) if args.resume else {"global_step": 0, "seconds": 0.0}
     global_step = state["global_step"]
-    if global_step > end_step:
+    if global_step > args.total_timesteps:
         raise Failure(f"--resume {args.resume}: that run has {global_step:,} steps already; "
                       f"give a larger --total-timesteps than {args.total_timesteps:,}")
-    capacity = min(args.buffer_size, end_step // n)
+    capacity = min(args.buffer_size, args.total_timesteps // n)
     buffer = ReplayBuffer(n, capacity, obs_size, action_size, device)
     num_updates, eval_steps, history = 0, 0, []                        # history: (step, assignment, returns) by E-step
     if args.resume:
@@ -752,7 +753,7 @@ def train(args: Args) -> Path | None:
         obs, _ = envs.reset()
         save()                                                         # from here on a killed run can be resumed
 
-    while global_step < end_step and not run.stop_signal:
+    while global_step < args.total_timesteps and not run.stop_signal:
         # M-step: every policy acts in a task of its own ------------------------------------------------------
         with torch.no_grad():
             actions = policy_actions(args, learners.actor, torch.as_tensor(obs, device=device)[:, None]).squeeze(1)
@@ -794,7 +795,7 @@ def train(args: Args) -> Path | None:
             sizes = np.bincount(assignment, minlength=n)
             columns = {"empty": int((sizes == 0).sum()), "largest_cluster": int(sizes.max()), "eval_steps": eval_steps}
             run.add("method", columns)
-            if crossed(global_step - n * part, global_step, args.eval_every) or global_step >= end_step:
+            if crossed(global_step - n * part, global_step, args.eval_every) or global_step >= args.total_timesteps:
                 eval_rng = np.random.default_rng((args.seed + 10_000, global_step))
                 evaluation = play(args, learners, assignment, np.arange(num_tasks), eval_rng)
                 columns |= {"max_return": returns.max(1).mean()}

@@ -92,7 +92,8 @@ class Args:
     method: Literal["em", "multihead", "ppt"] = "em"
     """EM clustering; one wide network with a head per game; one narrow network per game"""
     games: tuple[str, ...] = tuple(SCORES)
-    """the tasks, by their names in the Arcade Learning Environment; the paper's twelve by default"""
+    """the tasks, by their names in the Arcade Learning Environment; the paper's twelve by default. Others have no
+    human score here: they count in returns only, and their success is 0"""
     preset: Literal["gin", "code", "laptop"] = "gin"
     """IQN's recommended settings, as in the paper; those of the authors' program; small networks and short M-steps"""
     seed: int = 1
@@ -144,7 +145,8 @@ class Args:
     update_every: int = 4
     """training steps per policy and update"""
     target_period: int | None = None
-    """training steps of a policy after which its target network becomes a copy of it; None: 8,000, laptop 1,000"""
+    """training steps of a policy between copies of it to its target network, each made with the update of that step, if
+    there is one; None: 8,000, laptop 1,000"""
     learning_starts: int | None = None
     """transitions in the replay of a policy and a game before the policy learns from it; None: 20,000, laptop 2,000"""
     epsilon: float = 0.01
@@ -157,7 +159,8 @@ class Args:
     buffer_size: int | None = None
     """replay capacity per policy and game, frames of 7,056 bytes; None: 300,000, laptop 100,000"""
     save_replay: bool = True
-    """let checkpoints hold the replay; without it they are small, and a resumed run collects its data anew"""
+    """let checkpoints hold the replay; without it they are small, and a resumed run collects its data anew. A run keeps
+    the setting that it began with"""
 
     def __post_init__(self):
         preset = dict(PRESETS[self.preset])
@@ -173,6 +176,7 @@ class Args:
                                  f"paper's: {', '.join(SCORES)}")
         if not self.games or len({rom_of(game) for game in self.games}) < len(self.games):
             raise ValueError(f"--games must be one or more, different from each other, got {' '.join(self.games)}")
+        self.games = tuple(rom_name(rom_of(game)) for game in self.games)      # one spelling
         fixed = {"multihead": 1, "ppt": len(self.games)}.get(self.method)
         if self.num_policies is None:
             self.num_policies = fixed or min(4, len(self.games))
@@ -202,6 +206,8 @@ class Args:
         for name in ("epsilon", "eval_epsilon"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be from 0 to 1, got {getattr(self, name)}")
+        round_of_all = self.num_policies * self.m_step_size
+        self.total_timesteps = round_of_all * max(1, round(self.total_timesteps / round_of_all))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -313,7 +319,7 @@ class IQN(nn.Module):
 
 def greedy_actions(net: IQN, obs: Tensor, games: list[int], num_quantiles: int,
                    generator: torch.Generator | None = None) -> list[int]:
-    """In each of B games, the action with the largest mean over K random quantiles (IQN, Eq. 3).
+    """In each of B games, the action with the largest mean over K random quantiles.
 
     Args:
         obs: (B, 4, 84, 84); row b is from game games[b].
@@ -342,7 +348,7 @@ class FrameReplay:
         self.num_added, self.num_steps = 0, 0                 # frames and transitions so far
 
     def begin(self, obs: np.ndarray, age: int = 0) -> None:
-        """Append the newest frame of an observation, (4, 84, 84); by default an episode's first."""
+        """Append the newest frame of an observation, (4, 84, 84), `age` steps after its episode's first."""
         row = self.num_added % len(self.frames)
         self.frames[row], self.actions[row], self.ages[row] = obs[-1], -1, age
         self.num_added += 1
@@ -401,9 +407,10 @@ class FrameReplay:
             array[:len(saved)] = saved.numpy()
 
 
-def replay_bytes(args: Args) -> int:
-    """What the replay of a whole run can take at most: it holds no more frames than are played."""
-    return min(args.num_policies * len(args.games) * args.buffer_size, args.total_timesteps) * 84 * 84
+def replay_frames(args: Args) -> int:
+    """How many frames the replays of a whole run come to hold, but for the last ones of episodes."""
+    pairs = len(args.games) * (args.num_policies if args.method == "em" else 1)              # that are ever trained
+    return min(pairs * args.buffer_size, args.total_timesteps)
 
 
 def memory_bytes() -> int:
@@ -415,13 +422,13 @@ def memory_bytes() -> int:
 
 def plan_memory(args: Args) -> str:
     """What the replay can grow to, in words; a `Failure` if that is more than there is."""
-    need, have, pairs = replay_bytes(args), memory_bytes(), args.num_policies * len(args.games)
+    need, have = replay_frames(args) * 84 * 84, memory_bytes()
     if need > 0.9 * have:
-        raise Failure(f"--buffer-size {args.buffer_size}: the replay of {args.num_policies} policies and "
-                      f"{len(args.games)} games would grow to {need / 1e9:.0f} GB, and there are {have / 1e9:.0f} GB "
-                      f"here; --buffer-size {int(0.8 * have / (pairs * 84 * 84))} would fit, and so would --preset "
+        fits = int(args.buffer_size * 0.8 * have / need)
+        raise Failure(f"--buffer-size {args.buffer_size}: the replay would grow to {need / 1e9:.0f} GB, and there are "
+                      f"{have / 1e9:.0f} GB of memory here; --buffer-size {fits} would fit, and so would --preset "
                       "laptop, which is for machines without a GPU")
-    return f"the replay grows to {need / 1e9:.2f} GB at most, of {have / 1e9:.0f} GB of memory here"
+    return f"the replay grows to {need / 1e9:.2f} GB, of {have / 1e9:.0f} GB of memory here"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -461,7 +468,7 @@ def exploration(step: int, args: Args) -> float:
 
 
 def quantile_huber_loss(quantiles: Tensor, taus: Tensor, target: Tensor) -> Tensor:
-    """IQN's loss with kappa = 1 (Eq. 2 and 3), summed over fractions, averaged over targets: (B,).
+    """IQN's loss (its Eq. 3) with kappa = 1, summed over fractions, averaged over targets: (B,).
 
     Args:
         quantiles: of the return, at the fractions taus; (B, N) each.
@@ -501,7 +508,7 @@ def play_games(args: Args, arcade: Arcade, nets: nn.ModuleList, pairs: list[tupl
     """Whole episodes of each pair of a policy and a game, all pairs side by side, until each pair has enough.
 
     Args:
-        rng: draws seeds and random actions, and seeds the generator of the quantile fractions; nothing else matters.
+        rng: draws seeds and random actions, and seeds the generator of the quantile fractions: all chance is in it.
         frames: also keep every fourth picture of each pair's first episode.
     Returns:
         returns: the undiscounted scores of each pair's episodes, a list of arrays; steps, how many were taken; frames.
@@ -513,7 +520,7 @@ def play_games(args: Args, arcade: Arcade, nets: nn.ModuleList, pairs: list[tupl
     episodes, film, tick, playing = [[] for _ in pairs], [], 0, list(range(len(pairs)))
     while playing:
         if frames and tick % 4 == 0 and len(film) < FILM and not all(episodes):
-            film.append([film[-1][k] if episodes[k] else np.stack([obs[k, -1]] * 3, -1) for k in range(len(pairs))])
+            film.append([film[-1][k] if episodes[k] else picture(obs[k]) for k in range(len(pairs))])
         tick += 1
         actions = {}
         for policy in sorted({pairs[k][0] for k in playing}):          # a pass for all games of a policy
@@ -538,6 +545,11 @@ def play_games(args: Args, arcade: Arcade, nets: nn.ModuleList, pairs: list[tupl
     return {"returns": [np.array(values) for values in episodes], "steps": int(steps.sum()), "frames": film}
 
 
+def picture(obs: np.ndarray) -> np.ndarray:
+    """The newest frame of an observation, twice as large, (168, 168, 3)."""
+    return np.repeat(np.repeat(obs[-1], 2, 0), 2, 1)[..., None].repeat(3, -1)
+
+
 def evaluate_games(args: Args, arcade: Arcade, nets: nn.ModuleList, assignment: np.ndarray, rng: np.random.Generator,
                    frames: bool = False) -> dict:
     """Fresh episodes of each game by the policy it is assigned to: returns and successes (T, episodes), frames."""
@@ -556,7 +568,6 @@ def train(args: Args) -> Path | None:
     random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
     rng, e_step_rng = (np.random.default_rng(args.seed + offset) for offset in (0, 5_000))
     n, names, num_games = args.num_policies, list(args.games), len(args.games)
-    end_step = n * args.m_step_size * max(1, round(args.total_timesteps / (n * args.m_step_size)))
     arcade, stage = Arcade(args), Arcade(args)                         # to train in, and for E-steps and evaluations
     nets = nn.ModuleList(IQN(stage.num_actions(), args.width) for _ in range(n)).to(device)
     assignment = np.arange(num_games) % n                              # right for all methods that have no clusters
@@ -569,7 +580,7 @@ def train(args: Args) -> Path | None:
 
     state = load_checkpoint(args.resume) if args.resume else {"global_step": 0, "seconds": 0.0}
     global_step = state["global_step"]
-    if global_step > end_step:
+    if global_step > args.total_timesteps:
         raise Failure(f"--resume {args.resume}: that run has {global_step:,} steps already; "
                       f"give a larger --total-timesteps than {args.total_timesteps:,}")
     target_nets = copy.deepcopy(nets)
@@ -582,8 +593,8 @@ def train(args: Args) -> Path | None:
         target_nets.load_state_dict(state["targets"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
-        for pair, saved in state["replay"].items():
-            replay[pair].set_state(saved)
+        for pair in list(state["replay"]):
+            replay[pair].set_state(state["replay"].pop(pair))          # not to hold it twice
         steps_in, eval_steps, assignment = state["steps_in"].numpy(), state["eval_steps"], state["assignment"].numpy()
         history = [(step, a.numpy(), r.numpy()) for step, a, r in state["history"]]
         for generator, saved in zip((rng, e_step_rng), json.loads(state["numpy"])):
@@ -640,7 +651,7 @@ def train(args: Args) -> Path | None:
 
     for policy in range(n):
         begin(policy)
-    while global_step < end_step and not run.stop_signal:
+    while global_step < args.total_timesteps and not run.stop_signal:
         # M-step: every policy acts in a game of its own ------------------------------------------------------
         steps, actions = global_step // n, []                          # of each policy so far
         for policy, game in pairs:
@@ -659,7 +670,7 @@ def train(args: Args) -> Path | None:
             replay[policy, game].add(actions[policy], np.clip(rewards[policy], -1, 1), terminations[policy],
                                      obs[policy])
             steps_in[policy, game] += 1
-            if terminations[policy] or truncations[policy]:
+            if terminations[policy] or truncations[policy]:            # also just before an E-step, which begins anew
                 human = human_normalised(names[game], scores[policy])
                 run.add(f"tasks/{names[game]}", {"episodic_return": scores[policy], "success": float(human >= 1),
                                                  "episodic_length": lengths[policy]})
@@ -694,7 +705,8 @@ def train(args: Args) -> Path | None:
             sizes = np.bincount(assignment, minlength=n)
             columns = {"empty": int((sizes == 0).sum()), "largest_cluster": int(sizes.max()), "eval_steps": eval_steps}
             run.add("method", columns)
-            if crossed(global_step - n * args.m_step_size, global_step, args.eval_every) or global_step >= end_step:
+            last = global_step >= args.total_timesteps
+            if crossed(global_step - n * args.m_step_size, global_step, args.eval_every) or last:
                 eval_rng = np.random.default_rng((args.seed + 10_000, global_step))
                 evaluation = evaluate_games(args, stage, nets, assignment, eval_rng)
                 run.log_evaluation(global_step, evaluation, columns | normalised(names, evaluation["returns"], tried)
@@ -711,8 +723,10 @@ def train(args: Args) -> Path | None:
         save()
     if not run.stop_signal:
         report_games(args, stage, nets, assignment, run.dir)
-        human = [(step, a, np.array([human_normalised(*pair) for pair in zip(names, r)])) for step, a, r in history]
-        plot_assignment(run.dir / "assignment.png", names, human, n, "human-normalised score")
+        label = "human-normalised score" if set(names) <= set(SCORES) else "score"
+        if label != "score":
+            history = [(s, a, np.array([human_normalised(*pair) for pair in zip(names, r)])) for s, a, r in history]
+        plot_assignment(run.dir / "assignment.png", names, history, n, label)
         plot_games(run.dir, names)
     run.close()
     return run.dir
@@ -772,14 +786,17 @@ def plot_games(folder: Path, names: list[str]) -> None:
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(3.2 * columns, 2.4 * rows), layout="constrained")
-    for axis, name in zip(figure.subplots(rows, columns, squeeze=False).flat, names):
-        axis.plot(table["global_step"], table[f"{name}/return"], "k.-")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis, name in zip(axes, names):
+        axis.plot(table["global_step"], table[f"{name}/return"], "k.-", label="evaluated")
         top = axis.get_ylim()[1]
         for label, score, colour in zip(("random", "human"), SCORES.get(name, ()), ("C3", "C2")):
             if label == "random" or score < 2 * top:
                 axis.axhline(score, color=colour, linestyle="--", linewidth=1, label=label)
         axis.set(title=name, xlabel="training steps" if name in names[-columns:] else None)
         axis.legend(frameon=False, fontsize=7)
+    for axis in axes[len(names):]:
+        axis.remove()
     figure.savefig(folder / "games.png", dpi=120)
 
 

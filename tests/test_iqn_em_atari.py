@@ -76,7 +76,7 @@ def test_a_seed_decides_an_episode_and_actions_stick():
 def test_sticking_happens_in_a_quarter_of_the_frames(monkeypatch):
     made = {}
     monkeypatch.setattr(iqn, "AtariVectorEnv", lambda rom, **settings: made.update(settings, rom=rom))
-    iqn.Arcade(iqn.Args(preset="laptop", games=("ALE/MsPacman-v5",))).emulator((0, 0))
+    iqn.Arcade(iqn.Args(games=("ALE/MsPacman-v5",))).emulator((0, 0))
     assert made == dict(rom="ms_pacman", num_envs=1, stack_num=4, repeat_action_probability=0.25, noop_max=0,
                         use_fire_reset=False, reward_clipping=False, max_num_frames_per_episode=108_000)
 
@@ -86,6 +86,8 @@ def test_games_are_found_by_any_spelling():
         "ms_pacman", "ms_pacman", "ms_pacman", "jamesbond", None]
     assert all(iqn.rom_of(game) for game in iqn.SCORES) and len(iqn.SCORES) == 12
     assert iqn.rom_name("ms_pacman") == "MsPacman"
+    assert small(games=("ms_pacman", "ALE/Assault-v5")).games == ("MsPacman", "Assault")           # and get one
+    assert all(iqn.rom_name(iqn.rom_of(game)) == game for game in iqn.SCORES)
 
 
 def test_human_normalised_scores_by_hand():
@@ -285,13 +287,15 @@ def test_frames_take_memory_only_once_they_are_written():
 
 def test_the_replays_size_is_reported_and_refused(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(iqn, "memory_bytes", lambda: 16 * 10**9)
-    assert iqn.replay_bytes(iqn.Args()) == 48 * 300_000 * 7_056
-    assert iqn.replay_bytes(iqn.Args(total_timesteps=1_000_000)) == 7_056_000_000
-    with pytest.raises(iqn.Failure, match=r"grow to 102 GB, and there are 16 GB here; --buffer-size 37792 would fit"):
+    assert [iqn.replay_frames(iqn.Args(method=method)) for method in ("em", "multihead", "ppt")] == [
+        48 * 300_000, 12 * 300_000, 12 * 300_000]
+    assert iqn.replay_frames(iqn.Args(total_timesteps=2_000_000)) == 2_000_000
+    assert iqn.replay_frames(iqn.Args(total_timesteps=1_000)) == 1_000_000     # that is one M-step of four policies
+    with pytest.raises(iqn.Failure, match=r"grow to 102 GB, and there are 16 GB of .* --buffer-size 37792 would fit"):
         iqn.train(iqn.Args(runs_dir=tmp_path))
     assert not list(tmp_path.iterdir()) and 48 * 37_792 * 7_056 < 0.81 * 16e9
     iqn.train(small(total_timesteps=20, m_step_size=10, runs_dir=tmp_path))
-    assert "the replay grows to 0.00 GB at most, of 16 GB" in capsys.readouterr().out
+    assert "the replay grows to 0.00 GB, of 16 GB" in capsys.readouterr().out
 
 
 def test_memory_is_the_machines_or_the_containers():
@@ -353,8 +357,10 @@ def watched(monkeypatch, tmp_path, scores=None, **settings):
 
         def scripted(args, arcade, nets, pairs, rng, min_steps=0, min_episodes=1, frames=False):
             table = next(script) if min_steps else np.zeros((9, 9))
-            return {"returns": [np.full(min_episodes, float(table[game][policy])) for policy, game in pairs],
-                    "steps": 7 * len(pairs), "frames": []}
+            assert min_steps in (0, args.eval_steps)
+            around = np.array([-3.0, 3.0]) if min_steps else np.zeros(min_episodes)                # means count
+            return {"returns": [around + table[game][policy] for policy, game in pairs], "steps": 7 * len(pairs),
+                    "frames": []}
         monkeypatch.setattr(iqn, "play_games", scripted)
     seen.folder = iqn.train(small(runs_dir=tmp_path, **settings))
     return seen
@@ -362,11 +368,14 @@ def watched(monkeypatch, tmp_path, scores=None, **settings):
 
 def test_games_go_to_the_best_policy_and_idle_policies_play_all(monkeypatch, tmp_path):
     ours, theirs = [[1, 2], [5, 3]], [[4, 2], [3, 1]]
-    seen = watched(monkeypatch, tmp_path, scores=[ours, theirs, ours, theirs], games=("DemonAttack", "Assault"))
+    seen = watched(monkeypatch, tmp_path, scores=[ours, theirs, ours, theirs], games=("DemonAttack", "Assault"),
+                   eval_steps=11, learning_starts=5)
     first, second, third = (seen.played[k:k + 80] for k in (0, 80, 160))
     assert {game for (a, b) in first + third for game in (a, b)} == {(0, 1), (1, 0)}       # each its own
     assert {a for a, _ in second} == {(0, 0), (0, 1)} == {(0, game) for _, (_, game) in second}
     assert {b for _, b in second} == {(1, 0), (1, 1)}                           # policy 1 got none: it plays both
+    learnt = [{(net, game) for step, game, net, *_ in seen.learnt if low < step <= low + 80} for low in (0, 80, 160)]
+    assert [len(pairs) for pairs in learnt] == [2, 4, 2] and learnt[0] == learnt[2] < learnt[1]
     assert column(seen.folder, "empty") == [1, 0, 1] and column(seen.folder, "largest_cluster") == [2, 1, 2]
     assert column(seen.folder, "DemonAttack/policy") == [0, 1, 0] and column(seen.folder, "Assault/policy") == [0, 0, 0]
     assert column(seen.folder, "eval_steps") == [56, 84, 112]                   # the E-step before training counts
@@ -396,6 +405,7 @@ def test_a_policy_learns_only_from_games_it_has_played_enough_and_every_four_ste
     assert min(step for step, *_ in seen.learnt) > 120                         # ... and 60 steps of a game are too few
     drawn = [game for step, game, *_ in seen.learnt]
     assert set(drawn) == {0, 1}
+    assert any(games[step - 1] != game for step, game, *_ in seen.learnt)      # not only the one that is being played
     targets = {step: target for step, _, _, _, target in seen.learnt}
     changes = [step for step, before in zip(list(targets)[1:], list(targets)) if targets[step] != targets[before]]
     online = {step: value for step, _, _, value, _ in seen.learnt}
@@ -463,3 +473,82 @@ def test_a_checkpoint_without_replay_is_small_and_resumes(tmp_path, capsys):
     settings = SMALL | dict(total_timesteps=320, save_replay=False, resume=folder)
     assert iqn.train(iqn.Args(**settings)) == folder
     assert "with an empty replay" in capsys.readouterr().out and len(column(folder, "mean_return")) == 2
+
+
+def test_every_policy_sees_and_stores_its_own_pictures(monkeypatch, tmp_path):
+    """Also: a cut episode is no terminal one, and the settings reach sampling and optimizer."""
+    shown, stored, acted, settings = {}, [], [], []
+    step, add, act = iqn.Arcade.step, iqn.FrameReplay.add, iqn.greedy_actions
+    sample, update, reset = iqn.FrameReplay.sample, iqn.iqn_update, iqn.Arcade.reset
+
+    def watched_step(arcade, pairs, actions):
+        result = step(arcade, pairs, actions)
+        shown.update({pair: obs.copy() for pair, obs in zip(pairs, result[0])})
+        return result
+
+    def watched_reset(arcade, pair, seed=None):
+        obs = reset(arcade, pair, seed)
+        shown[pair] = obs.copy()
+        return obs
+
+    def watched_add(replay, action, reward, terminated, next_obs):
+        stored.append((len(stored) % 2, bool(terminated), next_obs.copy(), dict(shown)))
+        add(replay, action, reward, terminated, next_obs)
+
+    def watched_act(net, obs, games, num_quantiles, generator=None):
+        if generator is None:
+            acted.append((games[0], num_quantiles, np.array_equal(obs[0].numpy(), shown[games[0], games[0]])))
+        return act(net, obs, games, num_quantiles, generator)
+
+    def watched_update(args, online, target, optimizer, batch, game):
+        settings.append((optimizer.defaults["lr"], optimizer.defaults["eps"]))
+        return update(args, online, target, optimizer, batch, game)
+
+    monkeypatch.setattr(iqn.Arcade, "step", watched_step)
+    monkeypatch.setattr(iqn.Arcade, "reset", watched_reset)
+    monkeypatch.setattr(iqn.FrameReplay, "add", watched_add)
+    monkeypatch.setattr(iqn, "greedy_actions", watched_act)
+    monkeypatch.setattr(iqn, "iqn_update", watched_update)
+    monkeypatch.setattr(iqn.FrameReplay, "sample", lambda self, rng, batch, n, gamma: (
+        settings.append((batch, n, gamma)), sample(self, rng, batch, n, gamma))[1])
+    iqn.train(small(runs_dir=tmp_path, method="ppt", total_timesteps=160, epsilon=0.25, epsilon_period=1, n_step=2,
+                    lr=1e-3, gamma=0.9))
+    for policy, terminated, obs, at_that_time in stored:
+        assert np.array_equal(obs, at_that_time[policy, policy]) and not terminated
+    assert 80 < len(acted) < 125                                               # 0.75 of 60 steps by two policies
+    assert {(game, number) for game, number, _ in acted} == {(0, 5), (1, 5)} and all(right for *_, right in acted)
+    assert set(settings) == {(1e-3, 3.125e-4), (4, 2, 0.9)}
+
+
+def test_a_resumed_run_has_all_that_was_saved(tmp_path):
+    folder = iqn.train(small(runs_dir=tmp_path, total_timesteps=160, target_period=8))
+    before = torch.load(folder / "checkpoint.pt", weights_only=True)
+    iqn.train(iqn.Args(**SMALL | dict(total_timesteps=160, target_period=8, resume=folder)))       # nothing left to do
+    after = torch.load(folder / "checkpoint.pt", weights_only=True)
+
+    def same(x, y):
+        if isinstance(x, torch.Tensor):
+            return torch.equal(x, y)
+        if isinstance(x, dict):
+            return x.keys() == y.keys() and all(same(x[key], y[key]) for key in x)
+        return all(map(same, x, y)) if isinstance(x, (list, tuple)) else x == y
+    for key in ("learners", "targets", "optimizers", "steps_in", "eval_steps", "assignment", "history", "global_step"):
+        assert same(before[key], after[key]), key
+    for pair, saved in before["replay"].items():
+        for old, new in zip(saved["arrays"], after["replay"][pair]["arrays"]):
+            assert torch.equal(old, new[:len(old)])                            # a new episode may have begun
+        assert saved["num_steps"] == after["replay"][pair]["num_steps"]
+    assert before["learners"].keys() and before["optimizers"][0]["state"] and len(before["replay"]) >= 2
+
+
+def test_each_policys_target_is_a_copy_of_itself(tmp_path):
+    folder = iqn.train(small(runs_dir=tmp_path, method="ppt", total_timesteps=160, learning_starts=5, target_period=4))
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert all(torch.equal(value, state["targets"][key]) for key, value in state["learners"].items())
+    assert not torch.equal(state["learners"]["0.dense.weight"], state["learners"]["1.dense.weight"])
+
+
+def test_games_without_a_human_score_are_drawn_too(tmp_path):
+    folder = iqn.train(small(runs_dir=tmp_path, games=("Assault", "Pong"), total_timesteps=160))
+    assert (folder / "assignment.png").exists() and (folder / "games.png").exists()
+    assert math.isfinite(column(folder, "mean_normalised")[0]) and column(folder, "Pong/success") == [0]
