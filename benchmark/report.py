@@ -149,9 +149,14 @@ def panels(results: Path, runs: dict[str, dict], figure: dict) -> list[tuple[str
     trained = {method: tables(results, method, "-training") for method in runs}
     if all(trained.values()):
         shown.append((f"{progress or kind_of(figure)} in training episodes", {
-            method: [(t["global_step"], np.nanmean([t[task] for task in t.dtype.names[1:]], axis=0))
+            method: [(t["global_step"], mean_known([t[task] for task in t.dtype.names[1:]]))
                      for t in seeds.values()] for method, seeds in trained.items()}))
     return shown
+
+
+def mean_known(columns: list[np.ndarray]) -> np.ndarray:
+    """Mean over tasks of those that had an episode in a bin."""
+    return np.ma.masked_invalid(columns).mean(0).filled(np.nan)
 
 
 def draw(results: Path, runs: dict[str, dict], figure: dict) -> None:
@@ -204,15 +209,21 @@ def interval(scores: np.ndarray, digits: int) -> str:
     return f"{point['runs'][0]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
+def compared(high: list[float], low: list[float]) -> str:
+    """In words, whether one sample of runs is above another by more than both spread."""
+    gap, noise = np.mean(high) - np.mean(low), np.hypot(np.std(high), np.std(low))
+    word = "within the spread of seeds" if abs(gap) < noise else "agrees" if gap > 0 else "does not agree"
+    return f"{word} (difference {gap:.3g}, spread {noise:.3g})"
+
+
 def verdict(claim: str, runs: dict[str, dict], measure: str) -> str:
-    """Whether the last quarter of the runs agrees with an ordering such as "em > sp"."""
+    """Whether runs agree with an ordering such as "em > sp": at their end, and in the mean over their whole length."""
     better, worse = claim.split(" > ")
     if min(len(runs.get(name, ())) for name in (better, worse)) < 3:
         return f"* {claim}: not enough runs (three seeds of both are needed)"
-    high, low = ([late(table, measure) for table in runs[name].values()] for name in (better, worse))
-    gap, noise = np.mean(high) - np.mean(low), np.hypot(np.std(high), np.std(low))
-    word = "within the spread of seeds" if abs(gap) < noise else "agrees" if gap > 0 else "does not agree"
-    return f"* {claim}: {word} (difference {gap:.3g}, spread {noise:.3g})"
+    ends = [[late(table, measure) for table in runs[name].values()] for name in (better, worse)]
+    wholes = [[table[measure].mean() for table in runs[name].values()] for name in (better, worse)]
+    return f"* {claim}: last quarter {compared(*ends)}; whole run {compared(*wholes)}"
 
 
 def summary(results: Path, runs: dict[str, dict], figure: dict) -> str:
@@ -222,7 +233,7 @@ def summary(results: Path, runs: dict[str, dict], figure: dict) -> str:
     first = next(iter(next(iter(runs.values())).values()))
     tasks = tasks_of(first)
     lines = [f"| {measure.replace('_', ' ')} | seeds | at 1/4 | at 1/2 | at 3/4 | end | last quarter | {kind} of tasks "
-             "in it, interquartile mean |", "|---" * 8 + "|"]
+             "in it, interquartile mean | whole run |", "|---" * 9 + "|"]
     for method, seeds in runs.items():
         cells = []
         for share in (0.25, 0.5, 0.75, 1.0):
@@ -230,7 +241,8 @@ def summary(results: Path, runs: dict[str, dict], figure: dict) -> str:
             cells.append(spread([t[measure][row] for t, row in zip(seeds.values(), rows)], digits))
         cells.append(spread([late(t, measure) for t in seeds.values()], digits))
         scores = np.array([[late(t, f"{task}/{kind}") for task in tasks] for t in seeds.values()])
-        lines.append(f"| {method} | {len(seeds)} | {' | '.join(cells)} | {interval(scores, places)} |")
+        lines.append(f"| {method} | {len(seeds)} | {' | '.join(cells)} | {interval(scores, places)} | "
+                     f"{spread([t[measure].mean() for t in seeds.values()], digits)} |")
     for name in dict.fromkeys((kind, figure.get("progress", kind))):
         lines += ["", f"| {name} per task, last quarter | {' | '.join(tasks)} |", "|---" * (1 + len(tasks)) + "|"]
         for method, seeds in runs.items():

@@ -136,7 +136,8 @@ def test_summary_by_hand(tmp_path):
     figure = {"measure": "mean_return", "expected": ["em > sp"]}
     lines = report.summary(tmp_path, runs, figure).splitlines()
     assert lines[2].startswith("| em | 3 | 1 ± 0 | 3 ± 0 | 5 ± 0 | 9 ± 1 | 8 ± 1 | 8 [")
-    assert lines[3] == "| sp | 1 | 0 | 0 | 0 | 1 | 1 | 1 |"
+    assert lines[2].endswith("] | 4 ± 0 |")
+    assert lines[3] == "| sp | 1 | 0 | 0 | 0 | 1 | 1 | 1 | 0 |"
     assert lines[5:8] == ["| return per task, last quarter | a | b |", "|---|---|---|", "| em | 6 ± 1 | 10 ± 1 |"]
     assert lines[-1] == "* em > sp: not enough runs (three seeds of both are needed)"
     assert report.interval(np.array([[1.0, 2, 3, 50]]), 1) == "2.5"            # a quarter is cut at both ends
@@ -149,7 +150,8 @@ def test_verdicts_by_hand(low, word):
     runs = {"em": dict(enumerate(table([0, 0, 0, v]) for v in (9, 10, 11))),
             "sp": dict(enumerate(table([0, 0, 0, v]) for v in low))}
     said = report.verdict("em > sp", runs, "mean_return")
-    assert f"em > sp: {word}" in said and f"difference {10 - np.mean(low):.3g}, spread 1.15" in said
+    assert f"em > sp: last quarter {word}" in said and f"difference {10 - np.mean(low):.3g}, spread 1.15" in said
+    assert f"; whole run {word}" in said and f"difference {(10 - np.mean(low)) / 4:.3g}, spread 0.289)" in said
 
 
 def test_a_report_is_drawn_from_real_runs_and_again_from_its_results(tiny, tmp_path, monkeypatch, capsys):
