@@ -59,6 +59,7 @@ import tyro
 from ale_py.roms import get_all_rom_ids
 from ale_py.vector_env import AtariVectorEnv
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -794,6 +795,7 @@ def plot_games(folder: Path, names: list[str]) -> None:
             if label == "random" or score < 2 * top:
                 axis.axhline(score, color=colour, linestyle="--", linewidth=1, label=label)
         axis.set(title=name, xlabel="training steps" if name in names[-columns:] else None)
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.legend(frameon=False, fontsize=7)
     for axis in axes[len(names):]:
         axis.remove()

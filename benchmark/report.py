@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from rliable.library import get_interval_estimates
 from rliable.metrics import aggregate_iqm
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -175,6 +176,7 @@ def draw(results: Path, runs: dict[str, dict], figure: dict) -> None:
             axis.fill_between(curves[0][0][:rows], values.mean(0) - values.std(0), values.mean(0) + values.std(0),
                               alpha=0.2)
         axis.set(xlabel="environment steps", ylabel=shows)
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes[0].legend(frameon=False)
     picture.suptitle(figure["title"])
     if own:
@@ -184,6 +186,7 @@ def draw(results: Path, runs: dict[str, dict], figure: dict) -> None:
         axes[-1].axhline(1 / len(own), color="black", linestyle=":", linewidth=1)
         axes[-1].set(xlabel="environment steps", ylabel=f"{method}: share of steps by the own policy")
         axes[-1].legend(frameon=False, fontsize=7, ncols=2)
+        axes[-1].xaxis.set_major_formatter(EngFormatter(sep=""))
     picture.savefig(results / "curves.png", dpi=120)
     mixtures = tables(results, method, "-mixture")
     if mixtures:
