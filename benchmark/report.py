@@ -79,7 +79,10 @@ def collect(args: Args) -> Path:
 
 
 def training(folder: Path, progress: str) -> tuple[list[str], np.ndarray]:
-    """What training episodes achieved, behaviour included: tasks, and rows of step and the tasks' means in a bin."""
+    """What training episodes achieved, behaviour included: tasks, and rows of step and the tasks' means in a bin.
+
+    No tasks if fewer than ten values of one of them were logged.
+    """
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     key = {"return": "episodic_return"}.get(progress, progress)
@@ -87,12 +90,15 @@ def training(folder: Path, progress: str) -> tuple[list[str], np.ndarray]:
     columns = read(folder / "metrics.csv").dtype.names
     tasks = [task for task in dict.fromkeys(name.split("/")[0] for name in columns if "/" in name) if task in logged]
     found = {task: np.array([(e.step, e.value) for e in events.Scalars(f"tasks/{task}/{key}")]) for task in tasks}
-    last = max((values[:, 0].max() for values in found.values()), default=0)
-    rows = np.full((BINS, 1 + len(tasks)), np.nan)
-    rows[:, 0] = np.ceil(last / BINS * np.arange(1, BINS + 1))
+    bins = min([BINS, *(len(values) for values in found.values())])
+    if not tasks or bins < 10:                                         # logged too seldom for a curve
+        return [], np.zeros((0, 1))
+    last = max(values[:, 0].max() for values in found.values())
+    rows = np.full((bins, 1 + len(tasks)), np.nan)
+    rows[:, 0] = np.ceil(last / bins * np.arange(1, bins + 1))
     for column, values in enumerate(found.values(), 1):
         for row in rows:
-            inside = (values[:, 0] > row[0] - last / BINS) & (values[:, 0] <= row[0])
+            inside = (values[:, 0] > row[0] - last / bins) & (values[:, 0] <= row[0])
             row[column] = values[inside, 1].mean() if inside.any() else np.nan
     return tasks, rows
 
