@@ -215,13 +215,15 @@ def pcgrad_sac() -> None:
         line(f"{env}: update of sac, batch {num_tasks} x {args.batch_size}, {args.hidden_sizes}",
              f"{times['sac']:.1f} ms")
         line("with surgery", f"{times['pcgrad']:.1f} ms: {times['pcgrad'] / times['sac']:.2f} x")
-    start = time.perf_counter()
-    envs = pc.make_envs(pc.Args(env="mt10"), list(range(10)))
-    line("construction of MT10", f"{time.perf_counter() - start:.1f} s")
-    envs.reset(seed=0)
-    actions = np.zeros((10, 4), np.float32)
-    step = milliseconds({"step": lambda: envs.step(actions)}, repetitions=100)["step"]
-    line("stepping MT10, per lock-step of ten", f"{step:.2f} ms: {10 / step * 1e3:,.0f} steps/s")
+    for env, num_tasks in (("mt10", 10), ("mt50", 50)):
+        start, before = time.perf_counter(), resident_bytes()
+        envs = pc.make_envs(pc.Args(env=env), list(range(num_tasks)))
+        envs.reset(seed=0)
+        seconds, grown = time.perf_counter() - start, (resident_bytes() - before) / 2**20
+        actions = np.zeros((num_tasks, 4), np.float32)
+        step = milliseconds({"step": partial(envs.step, actions)}, repetitions=60)["step"]
+        line(f"construction of {env}; memory of its simulators", f"{seconds:.1f} s; {grown:,.0f} MB")
+        line("stepping it, per lock-step", f"{step:.1f} ms: {num_tasks / step * 1e3:,.0f} steps/s")
     whole_run("pcgrad_sac", ["--total-timesteps", "12000", "--learning-starts", "500", "--eval-every", "12000",
                              "--eval-episodes", "1"], "mt4, pcgrad, 12,000 steps")
 
