@@ -245,13 +245,15 @@ def dgrad_arch_sac() -> None:
 # --- multitask_a2c, distill_a2c --------------------------------------------------------------------------------------
 def multitask_a2c() -> None:
     import gymnasium as gym
-    from gymnasium.vector import SyncVectorEnv
+    from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 
     import multitask_a2c as a2c
     args, cpu, tasks = a2c.Args(), torch.device("cpu"), list(range(6))
     pool, rng = a2c.CheetahPool(list(args.tasks), 16, 0), np.random.default_rng(0)
     stock = SyncVectorEnv([lambda: gym.make("HalfCheetah-v5") for _ in range(16)])
     stock.reset(seed=0)
+    processes = AsyncVectorEnv([lambda: gym.make("HalfCheetah-v5") for _ in range(16)])
+    processes.reset(seed=0)
     actions = rng.uniform(-1, 1, (6, 16, 6)).astype(np.float32)
     nets = a2c.ActorCritic(6, 64, "parameter", None)
     optimizer = torch.optim.RMSprop(nets.parameters(), lr=7e-4, alpha=0.99, eps=1e-5)
@@ -267,11 +269,14 @@ def multitask_a2c() -> None:
     rollout, _ = a2c.collect(pool, nets, tasks, 5, cpu)
     times = milliseconds({
         "pool": lambda: pool.step(tasks, actions), "stock": lambda: stock.step(actions[0]),
+        "processes": lambda: processes.step(actions[0]),
         "update": lambda: a2c.a2c_update(args, nets, optimizer, rollout, tasks),
         "scratch": lambda: round_of(nets, optimizer, [tasks]),
         "vanilla": lambda: round_of(shared, shared_optimizer, [[task] for task in tasks])}, repetitions=25)
     line("stepping 6 x 16 cheetahs, MuJoCo's rollout", f"{96 / times['pool'] * 1e3:,.0f} steps/s")
     line("stepping 16 with Gymnasium's SyncVectorEnv", f"{16 / times['stock'] * 1e3:,.0f} steps/s")
+    line("stepping 16 in processes of their own, AsyncVectorEnv", f"{16 / times['processes'] * 1e3:,.0f} steps/s")
+    processes.close()
     line("scratch, whole program", f"{480 / times['scratch'] * 1e3:,.0f} steps/s; simulating is "
          f"{5 * times['pool'] / times['scratch']:.0%} of the time")
     line("vanilla, whole program", f"{480 / times['vanilla'] * 1e3:,.0f} steps/s; simulating is "
