@@ -318,7 +318,7 @@ def test_exploration_by_hand():
         [1, 1, 0.505, 0.01, 0.01])
 
 
-def test_presets_and_policies_are_the_sheets():
+def test_presets_and_policies_are_the_papers():
     gin, code, laptop = (iqn.Args(preset=name) for name in ("gin", "code", "laptop"))
     assert (gin.num_quantiles, gin.n_step, gin.lr) == ((64, 64, 32), 3, 5e-5)
     assert (code.num_quantiles, code.n_step, code.lr) == ((32, 32, 32), 1, 2.5e-4)

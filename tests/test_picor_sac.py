@@ -453,7 +453,7 @@ def test_presets(env, expected):
 
 # --- learning --------------------------------------------------------------------------------------------------------
 def test_four_goals_are_learnt_faster_with_correction(tmp_path):
-    """The toy of the sheet, blocks of one task each, after 1,000 steps of learning; nothing learnt is -75."""
+    """The toy, in blocks of one task each, after 1,000 steps of learning; nothing learnt is -75."""
     arms = {"picor": {}, "cor-only": dict(adaptive_weights=False), "ada-only": dict(correction=False),
             "neither": dict(correction=False, adaptive_weights=False), "mtsac": dict(method="mtsac"),
             "as-published": dict(critic_batch="active")}
