@@ -775,6 +775,20 @@ def make_picor_optimizers(args: Args, learners: MultiTaskSAC) -> dict[str, torch
         f"alpha{task}": adam([learners.log_alpha]) for task in range(len(learners.log_alpha))}
 
 
+def remember(collected: dict[str, list], names: list[str], found: dict[str, Tensor], weights: Tensor,
+             alpha: Tensor) -> None:
+    """Put what an update found beside what earlier ones did, by the keys of the log."""
+    per_task = {"method/{}/weight": weights, "losses/{}/alpha": alpha}
+    if "hinge" in found:                                               # the method has a correction
+        per_task["method/{}/advantage"] = found.pop("advantage")
+        collected["method/corrected"].append(float(found["hinge"] > 0))
+    for key, values in per_task.items():
+        for name, value in zip(names, values.tolist()):
+            collected[key.format(name)].append(value)
+    for key, value in found.items():
+        collected[f"{'losses' if key in ('critic', 'actor') else 'method'}/{key}"].append(value.mean().item())
+
+
 def train(args: Args) -> Path | None:
     """Blocks of one task: act, phase 1, phase 2; returns the run folder."""
     # Set-up ------------------------------------------------------------------------------------------------
@@ -877,18 +891,7 @@ def train(args: Args) -> Path | None:
                 weights = task_weights(alpha, args.weight_tau)
             found = picor_update(args, learner, optimizers[task if alone else 0], buffer, task, weights, rng)
             updates[task] += 1
-            for key, value in found.items():
-                if key == "advantage":
-                    for name, advantage in zip(names, value.tolist()):
-                        collected[f"method/{name}/advantage"].append(advantage)
-                else:
-                    where = "losses" if key in ("critic", "actor") else "method"
-                    collected[f"{where}/{key}"].append(value.mean().item())
-            if "hinge" in found:
-                collected["method/corrected"].append(float(found["hinge"] > 0))
-            for name, weight, temperature in zip(names, weights.tolist(), alpha.tolist()):
-                collected[f"method/{name}/weight"].append(weight)
-                collected[f"losses/{name}/alpha"].append(temperature)
+            remember(collected, names, found, weights, alpha)
 
         # Log, evaluate, save --------------------------------------------------------------------------------
         evaluate_now = crossed(previous_step, global_step, args.eval_every) or global_step >= args.total_timesteps
