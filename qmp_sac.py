@@ -138,7 +138,8 @@ class Args:
     switch_entropy: bool = False
     """add each policy's entropy to its score, as the later version of the paper does: Q_i(s, a_j) - alpha_i log pi_j"""
     mixture_warmup: int | None = None
-    """rounds after the first fill with the own policy, before the mixture acts; None: 100 for qmp-multihead, else 0"""
+    """rounds after the first fill with the own policy, before the mixture acts; None: 100 for qmp-multihead in the
+    maze, else 0"""
     learning_starts: int | None = None
     """transitions per task, after which the first full round ends with updates; None: the preset of --env"""
     train_every: int | None = None
@@ -401,7 +402,7 @@ class ReacherEnv(SavableEnv):
         """The authors' code ("code"), or what the paper says in words ("paper")."""
         effort = 0.01 * float(np.square(action).sum())
         if self.reward_kind == "paper":
-            return touched * (self.order is not None) - effort - distance * (self.task != 3)
+            return touched * (self.order is not None) - effort * (self.task < 3) - distance * (self.task != 3)
         effort += 0.001 * float(np.abs(self.data.qvel).mean()) + 1e-5 * float(np.abs(self.data.qacc).mean())
         time = 0.4 * (3 - self.stage)                                 # paid at every step until the last goal
         return (-distance - time, -distance + 200 * touched - 2, -distance - time, -time, -distance)[self.task] - effort
@@ -452,8 +453,8 @@ def door_drawer_model() -> mujoco.MjModel:
 class DoorDrawerEnv(gym.Env):
     """One of four tasks at a table with a door and a drawer: open or close one of them, whatever the other is doing.
 
-    A Meta-World v3 task, with its reset, control and reward, put into the scene with both objects. The one that is to
-    be moved starts anywhere in a range of 10 cm, the other in its place, closed. Success is kept for the episode.
+    A Meta-World v3 task, with its control and reward, put into the scene with both objects. The one that is to be
+    moved starts anywhere in a range of 10 cm, the other in its place, closed. Success is kept for the episode.
     Observation (21,): hand [m], finger gap [0, 1], position and rotation of the drawer's and the door's handle, goal.
     Action (4,): displacement of the hand / 1 cm, and the closing of the fingers. The simulator's state cannot be saved.
     """
@@ -816,7 +817,7 @@ def distill(args: Args, learners: Learners, optimizer: torch.optim.Optimizer, bu
         mean, log_std = learners.centroid(obs.flatten(0, 1)[None])              # (1, T * B, A)
         if args.distill_target == "replay":                            # maximum likelihood of the replayed actions
             raw = torch.atanh(actions.flatten(0, 1)[None].clamp(-1 + 1e-6, 1 - 1e-6))
-            noise = (raw - mean) / log_std.exp()
+            noise = (raw - mean) / log_std.exp()                      # with which `squash` draws just this action
             loss = -squash(mean, log_std, noise)[1].mean(1)
         else:                                                          # KL(pi_i || centroid) on task i's states
             with torch.no_grad():
@@ -919,9 +920,10 @@ def train(args: Args) -> Path | None:
     if args.method in TIED_LAYERS:                                     # a batch of all tasks, and T times as many
         updates, batch_size = updates * num_tasks, batch_size // num_tasks
     warmup_end = num_tasks * args.learning_starts + args.mixture_warmup * round_size if args.mixture_warmup else 0
-    if args.total_timesteps <= num_tasks * args.learning_starts:
-        print(f"--total-timesteps {args.total_timesteps:,} only fills the buffers: updates begin after "
-              f"{num_tasks * args.learning_starts:,} steps (--learning-starts {args.learning_starts:,} for each task)")
+    first_update = (num_tasks * args.learning_starts // round_size + 1) * round_size
+    if args.total_timesteps < first_update:
+        print(f"--total-timesteps {args.total_timesteps:,} only fills the buffers: the first updates come at step "
+              f"{first_update:,} (--learning-starts {args.learning_starts:,} for each task, and a full round)")
 
     def save() -> None:
         """Everything that the next step reads."""

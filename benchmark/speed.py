@@ -180,8 +180,38 @@ def em_clustering_td3() -> None:
         line(f"{env}: three updates of one policy, batch {args.batch_size}", f"{times['n = 1']:.1f} ms")
         line("of four policies, stacked", f"{times['n = 4']:.1f} ms: {times['n = 4'] / times['n = 1']:.2f} x; "
              f"a loop over them would be 4 x")
+    for batch in (100, 1_000):                                         # acting, stepping, storing and an update
+        stack, *singles = (_walker_round(em, n, batch) for n in (4, 1, 1, 1, 1))
+        times = milliseconds({"stack": stack, "loop": partial(_each, singles)}, repetitions=25)
+        line(f"track, batch {batch}: four policies learning, stacked", f"{12e3 / times['stack']:,.0f} steps/s")
+        line("as a loop over them", f"{12e3 / times['loop']:,.0f} steps/s: the stack is "
+             f"{times['loop'] / times['stack']:.2f} times as fast")
     whole_run("em_clustering_td3", ["--total-timesteps", "40000", "--m-step-size", "10000", "--learning-starts", "500",
                                     "--eval-episodes", "5"], "pendulum, em, 40,000 steps, 5 episodes per E-step pair")
+
+
+def _walker_round(em, n: int, batch: int):
+    """Three steps of each of n policies in an environment of its own, and an update: 3 n steps."""
+    args, rng = em.Args(env="track", num_policies=n, batch_size=batch), np.random.default_rng(0)
+    envs, cpu = em.make_envs(args, list(range(6))), torch.device("cpu")
+    learners, buffer = em.TD3Learners(args, 24, 4), em.ReplayBuffer(n, 5_000, 24, 4, cpu)
+    optimizers, obs = learners.make_optimizers(args.lr), envs.reset(seed=0)[0]
+
+    def one():
+        nonlocal obs
+        for _ in range(3):
+            with torch.no_grad():
+                actions = em.policy_actions(args, learners.actor, torch.from_numpy(obs)[:, None])[:, 0].numpy()
+            next_obs, rewards, terminations, _, infos = envs.step(actions)
+            buffer.add(obs, actions, rewards, em.true_next_obs(next_obs, infos), terminations)
+            obs = next_obs
+        em.td3_update(args, learners, optimizers, buffer.sample(rng, batch), 1.0, True, rng)
+    return one
+
+
+def _each(functions: list) -> None:
+    for function in functions:
+        function()
 
 
 def _td3_updates(em, args, learners, optimizers, buffer, rng):

@@ -101,6 +101,24 @@ def test_sample_mode_executes_the_scored_sample_and_mean_mode_a_sample_of_the_ch
         assert torch.equal(actions, samples[range(3), chosen])
 
 
+def test_the_online_twins_score_and_with_q1_the_first_alone():
+    args, learners, _, _ = learners_and_batch("qmp")
+    with torch.no_grad():
+        for target in (learners.qf1_target, learners.qf2_target):              # else they are the online ones
+            target.net.weights[-1].normal_()
+    choices = []
+    for seed, switch_q in itertools.product(range(30), ("min", "q1")):
+        torch.manual_seed(seed)
+        obs, args.switch_q = torch.randn(3, 4), switch_q
+        state = torch.get_rng_state()
+        choices.append(qmp.behave(args, learners, obs, own_policy=False)[1])
+        torch.set_rng_state(state)
+        samples, _, _ = qmp.propose_actions(learners.actor, obs)
+        twin = learners.qf2 if switch_q == "min" else None
+        assert torch.equal(choices[-1], qmp.q_switch(obs, samples, learners.qf1, twin))
+    assert any(not torch.equal(a, b) for a, b in zip(choices[::2], choices[1::2]))
+
+
 def test_the_later_papers_switch_adds_the_entropy_of_each_policy():
     proposals, value = torch.tensor([[[0.0], [1.0]]]), lambda obs, actions: actions[..., 0]
     for bonus, chosen in ((0.9, 1), (1.1, 0)):                                 # the critic likes action 1 better by 1
@@ -111,11 +129,10 @@ def test_the_later_papers_switch_adds_the_entropy_of_each_policy():
         learners.actor.net.weights[-1].zero_()
         learners.actor.net.biases[-1][:, 0, 2:] = torch.tensor([[-3.0], [-1.0], [-2.0]])          # log std: 1 is widest
         learners.qf1.net.weights[-1].zero_(), learners.qf2.net.weights[-1].zero_()                 # no preference
-    obs, chosen = torch.randn(3, 4), []
-    for alpha in (1.0, -1.0):                              # a negative temperature must turn the preference round
-        learners.log_alpha.exp = lambda alpha=alpha: torch.full((3,), alpha)
-        chosen.append(torch.stack([qmp.behave(args, learners, obs, False)[1] for _ in range(100)]).double())
-    assert (chosen[0] == 1).double().mean() > 0.7 and (chosen[1] == 0).double().mean() > 0.7
+    obs = torch.randn(3, 4)
+    learners.log_alpha.exp = lambda: torch.tensor([1.0, -1.0, 1.0])            # a negative one turns a preference
+    chosen = torch.stack([qmp.behave(args, learners, obs, False)[1] for _ in range(200)])
+    assert ((chosen == torch.tensor([1, 0, 1])).double().mean(0) > 0.7).all()
     samples, _, log_prob = qmp.propose_actions(learners.actor, obs)            # by state and policy
     expected = TransformedDistribution(Normal(torch.zeros(1), torch.tensor([-3.0, -1.0, -2.0]).exp()[:, None]),
                                        TanhTransform()).log_prob(samples).sum(-1)
@@ -133,13 +150,21 @@ def test_uniform_mixture_is_uniform():
 # --- Divide-and-Conquer --------------------------------------------------------------------------------------------
 def test_pairwise_kl_against_torch_distributions_and_its_gradient():
     mean, log_std = torch.randn(3, 5, 2), torch.randn(3, 5, 2) * 0.3
-    mean.requires_grad_()
+    mean.requires_grad_(), log_std.requires_grad_()
     kl = qmp.pairwise_kl(mean, log_std)
     for i, j in itertools.product(range(3), range(3)):
         expected = kl_divergence(Normal(mean[j], log_std[j].exp()), Normal(mean[i], log_std[i].exp())).mean()
         torch.testing.assert_close(kl[i, j], expected)
-    gradient, = torch.autograd.grad(kl[0].sum(), mean)
-    assert gradient[0].abs().max() > 0 and gradient[1:].abs().max() == 0       # policy j is a constant in i's loss
+    for gradient in torch.autograd.grad(kl[0].sum(), (mean, log_std)):         # policy j is a constant in i's loss
+        assert gradient[0].abs().max() > 0 and gradient[1:].abs().max() == 0
+
+
+def test_the_kl_is_taken_on_as_many_states_as_a_batch_has(monkeypatch):
+    args, learners, optimizers, batch = learners_and_batch("dnc-reg")
+    states, real = [], qmp.pairwise_kl
+    monkeypatch.setattr(qmp, "pairwise_kl", lambda mean, log_std: states.append(mean.shape) or real(mean, log_std))
+    qmp.update(args, learners, optimizers, batch)
+    assert states == [(3, 30, 2)]                                              # ten of each task, not thirty
 
 
 @pytest.mark.parametrize("target", ["replay", "policy"])
@@ -450,16 +475,35 @@ def test_the_strong_reacher_can_hold_still_and_the_official_one_cannot():
 
 
 @pytest.mark.parametrize("task, kind, expected", [
-    (0, "code", -0.03 - 0.8), (1, "code", -0.03 + 200 - 2), (3, "code", -0.8), (4, "code", -0.03),
-    (0, "paper", -0.03 + 1), (3, "paper", 1.0), (4, "paper", -0.03)])
+    (0, "code", -0.03 - 0.8), (1, "code", -0.03 + 200 - 2), (2, "code", -0.03 - 0.8), (3, "code", -0.8),
+    (4, "code", -0.03), (0, "paper", -0.03 + 1), (1, "paper", -0.03 + 1), (2, "paper", -0.03 + 1), (3, "paper", 1.0),
+    (4, "paper", -0.03)])
 def test_reacher_rewards_by_hand(task, kind, expected):
     env = qmp.ReacherEnv(task, "strong", kind)
     env.reset(seed=0)
     env.stage, env.data.qvel[:], env.data.qacc[:] = 1, 0, 0                    # a goal has just been touched at 3 cm
     assert env._reward(np.zeros(6), 0.03, True) == pytest.approx(expected)
     env.data.qvel[:], env.data.qacc[:] = [6, -6, 0, 0, 0, 0], [0, 0, 60, 0, 0, 0]
-    effort = 0.01 * 1.5 + (0.001 * 2 + 1e-5 * 10 if kind == "code" else 0)
+    effort = 0.01 * 1.5 + 0.001 * 2 + 1e-5 * 10 if kind == "code" else 0.01 * 1.5 * (task < 3)
     assert env._reward(np.array([1, 0.5, -0.5, 0, 0, 0]), 0.03, True) == pytest.approx(expected - effort)
+
+
+def test_the_reachers_goals_and_their_size(monkeypatch):
+    assert qmp.REACHER_GOALS.tolist() == [[0.2, 0.3, 0.5], [0.3, 0.0, 0.3], [0.4, -0.3, 0.4], [0.4, 0.3, 0.2]]
+    assert qmp.REACHER_TASKS == ((0, 1, 2), (0, 1, 3), (1, 3, 2), (1, 2, 0), None)
+    scout = qmp.ReacherEnv(4, "strong", "code")
+    scout.reset(seed=0)
+    scout.step(np.zeros(6))
+    for distance, stages in ((0.049, 1), (0.051, 0)):
+        env = qmp.ReacherEnv(0, "strong", "code")
+        env.reset(seed=0)
+        monkeypatch.setattr(qmp, "REACHER_GOALS", np.tile(scout.data.body("hand").xpos + (0, 0, distance), (4, 1)))
+        assert env.step(np.zeros(6))[4]["stages"] == stages
+
+
+@pytest.mark.parametrize("env, steps", [("maze", 600), ("reacher", 200), ("metaworld", 500)])
+def test_episodes_are_as_long_as_the_papers(env, steps):
+    assert qmp.make_env(qmp.Args(env=env), 0).get_wrapper_attr("_max_episode_steps") == steps
 
 
 def test_reacher_stages_and_termination(monkeypatch):
@@ -485,6 +529,13 @@ def test_domain_mixture_follows_the_table_of_shared_stretches():
     draws = torch.stack([qmp.behave(args, learners, torch.zeros(3, 15), False)[1] for _ in range(3_000)])
     share = torch.stack([(draws == policy).double().mean(0) for policy in range(3)], 1)
     assert share.numpy() == pytest.approx(np.array([[0.6, 0.4, 0], [0.4, 0.6, 0], [0, 0, 1]]), abs=0.04)
+    sixths = [[3, 2, 0, 1, 0], [2, 3, 1, 0, 0], [0, 1, 3, 1, 0], [1, 0, 1, 3, 0], [0, 0, 0, 0, 1]]
+    assert qmp.DOMAIN_WEIGHTS.tolist() == sixths
+    learners = qmp.Learners(args, 5, 15, 6)
+    args.tasks = None                                                          # all of them
+    draws = torch.stack([qmp.behave(args, learners, torch.zeros(5, 15), False)[1] for _ in range(3_000)])
+    share = torch.stack([(draws == policy).double().mean(0) for policy in range(5)], 1)
+    assert share.numpy() == pytest.approx(np.array([np.array(row) / sum(row) for row in sixths]), abs=0.04)
 
 
 # --- the door and the drawer ---------------------------------------------------------------------------------------
@@ -701,6 +752,12 @@ def test_warm_up_acts_with_the_own_policy_until_its_rounds_are_over(tmp_path):
     ("reacher shared", (10_000, 200, 200, 32, 3e-4, 600, 0, 0)),
     ("reacher qmp-multihead", (10_000, 200, 200, 32, 1e-3, 512, 0, 0)),
     ("reacher dnc", (10_000, 200, 200, 32, 3e-4, 256, 1e-3, 0)),
+    ("shared-multihead", (3_000, 600, 100, 256, 3e-4, 834, 0.0, 0)),
+    ("reacher shared-multihead", (10_000, 200, 200, 32, 1e-3, 512, 0, 0)),
+    ("reacher dnc-reg", (10_000, 200, 200, 32, 3e-4, 256, 1e-3, 0)),
+    ("metaworld shared-multihead", (10_000, 500, 50, 256, 1e-3, 512, 0, 0)),
+    ("metaworld qmp-multihead", (10_000, 500, 50, 256, 1e-3, 512, 0, 0)),
+    ("metaworld dnc", (10_000, 500, 50, 256, 1.5e-3, 256, 1e-3, 0)),
     ("metaworld qmp", (10_000, 500, 50, 256, 1.5e-3, 256, 0, 0)),
     ("metaworld shared", (10_000, 500, 50, 256, 1e-3, 512, 0, 0)),
     ("metaworld dnc-reg", (10_000, 500, 50, 256, 1.5e-3, 256, 1e-3, 0))])
@@ -726,6 +783,13 @@ def test_the_kl_weight_pulls_policies_together():
 
 
 def test_activation_is_the_one_asked_for():
+    learners = qmp.Learners(qmp.Args(**SMALL, activation="tanh"), 3, 4, 2)
+    for net in (learners.actor, learners.qf1, learners.qf2_target):
+        assert net.net.activation is torch.tanh_
+    with torch.no_grad():
+        learners.actor.net.weights[-1].zero_()
+        learners.actor.net.biases[-1][:, :, 2:] = torch.tensor([-99.0, 99.0])
+    assert learners.actor(torch.zeros(3, 1, 4))[1][0, 0].tolist() == [-20, 2]  # within which log std is kept
     x = torch.randn(2, 5, 3)
     for name, function in (("relu", torch.relu), ("tanh", torch.tanh)):
         net = qmp.TaskMLP(2, [3, 4, 1], activation=name)
@@ -780,3 +844,21 @@ def test_evaluating_more_often_changes_no_training_number(tmp_path):
     for name, value in runs[0]["learners"].items():
         assert torch.equal(value, runs[1]["learners"][name])
     assert torch.equal(runs[0]["buffer"], runs[1]["buffer"]) and torch.equal(runs[0]["counts"], runs[1]["counts"])
+    header, *rows = csv_without_seconds(next((tmp_path / "b").iterdir()))
+    own, mixture = ([row[header.index(name)] for row in rows] for name in ("mean_return", "mixture/return"))
+    assert all(a != b for a, b in zip(own, mixture))                           # sampling and switching, not greedy
+
+
+def test_a_run_too_short_for_an_update_says_so(tmp_path, capsys):
+    for total, enough in ((897, False), (900, True)):                          # fill 600, rounds of 300: 900
+        args = qmp.Args(**SMALL | dict(total_timesteps=total, runs_dir=tmp_path / str(total)))
+        state = qmp.load_checkpoint(qmp.train(args))
+        assert ("only fills the buffers: the first updates come at step 900" in capsys.readouterr().out) != enough
+        assert bool(state["optimizers"]["actor"]["state"]) == enough
+
+
+def test_evaluation_has_starts_of_its_own():
+    args, seen = qmp.Args(**SMALL | dict(seed=3)), []
+    qmp.evaluate(args, [0, 4], lambda obs: seen.append(obs.copy()) or np.ones((2, 2), np.float32))
+    expected, _ = qmp.make_envs(args, [0, 4]).reset(seed=10_003)
+    assert np.array_equal(seen[0], expected)
