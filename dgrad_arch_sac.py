@@ -76,10 +76,13 @@ MT50 = (
     "window-close")
 FAMILIES = {"mt3": ("reach", "drawer-close", "window-close"), "mt10": MT10, "mt50": MT50,
             "mt4": ("reach", "drawer-close", "button-press-topdown", "window-close")}
-SMALL = dict(horizon=200, hidden_sizes=(256, 256), batch_size=64, lr=3e-4, critic_lr=1e-3, learning_starts=1_000)
+SMALL = dict(horizon=200, hidden_sizes=(256, 256), batch_size=64, lr=3e-4, critic_lr=1e-3, learning_starts=1_000,
+             total_timesteps=200_000, eval_every=20_000)
 LARGE = dict(horizon=500, hidden_sizes=(400, 400, 400), batch_size=128, lr=3e-4, critic_lr=3e-4, learning_starts=4_000)
 LOG_EVERY = 2_000                                             # environment steps between writes to TensorBoard
-PRESETS = {"mt3": SMALL, "mt4": SMALL, "mt10": LARGE, "mt50": LARGE}     # a setting left at None takes its value here
+PRESETS = {  # a setting left at None takes its value from here
+    "mt3": SMALL, "mt4": SMALL, "mt10": LARGE | dict(total_timesteps=5_000_000, eval_every=200_000),
+    "mt50": LARGE | dict(total_timesteps=20_000_000, eval_every=2_000_000)}
 
 
 @dataclass
@@ -92,12 +95,12 @@ class Args:
     """names of other Meta-World tasks, such as drawer-open window-close; None takes those of --env"""
     seed: int = 1
     """seeds every generator: networks, goals, replay, exploration"""
-    total_timesteps: int = 200_000
-    """environment steps, summed over tasks"""
+    total_timesteps: int | None = None
+    """environment steps, summed over tasks; None: 200_000, mt10 5 and mt50 20 million"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """where the networks live; auto takes cuda if present, else cpu"""
-    eval_every: int = 20_000
-    """environment steps between evaluations"""
+    eval_every: int | None = None
+    """environment steps between evaluations; None: 20_000, mt10 200_000, mt50 2 million"""
     eval_episodes: int = 10
     """episodes per task and evaluation: deterministic policy, separate environments, own generators"""
     checkpoint_every: int = 40_000
@@ -294,9 +297,10 @@ class ModularMLP(nn.Module):
     shared has a first axis of 1, as in TaskMLP, what is a task's own one of T.
     """
 
-    def __init__(self, num_tasks: int, sizes: list[int], m_init: str, diagonal: bool, task_net_hidden: int = 0):
+    def __init__(self, num_tasks: int, sizes: list[int], m_init: str, diagonal: bool, task_net_hidden: int = 0,
+                 init=nn.init.xavier_uniform_):
         super().__init__()
-        self.trunk, self.diagonal = TaskMLP(num_tasks, sizes, tuple(range(len(sizes)))), diagonal
+        self.trunk, self.diagonal = TaskMLP(num_tasks, sizes, tuple(range(len(sizes))), init=init), diagonal
         tables = [torch.cat([initial_matrices(num_tasks, width, m_init, diagonal), torch.zeros(num_tasks, 1, width)], 1)
                   for width in sizes[1:-1]]                            # (T, n + 1, n): the last row is beta
         self.embedding = None
@@ -486,7 +490,7 @@ def gather_gradients(nets: list[tuple[nn.Module, dict]], visit_order: np.ndarray
     """
     tied = [(net.get_parameter(name), copies_) for net, copies in nets for name, copies_ in copies.items()]
     task_grads = torch.cat([copies.grad.flatten(1) for _, copies in tied], dim=1)             # (T, P)
-    gram = (task_grads @ task_grads.T).double().cpu().numpy()
+    gram = (task_grads @ task_grads.T).cpu().double().numpy()
     weights = np.eye(len(gram)) if visit_order is None else conflict_weights(gram, visit_order)
     mean = torch.from_numpy(weights.mean(0)).to(task_grads) @ task_grads
     for (param, _), gradient in zip(tied, mean.split([param.numel() for param, _ in tied])):
@@ -510,6 +514,8 @@ def descend_mean(optimizer: torch.optim.Optimizer, losses: Tensor, nets: list, m
     statistics = gather_gradients(nets, orders) if split else None
     params = [(name in copies, param) for net, copies in nets for name, param in net.named_parameters()]
     for tied, param in params:
+        if param.grad is None:                                         # frozen by the reader
+            continue
         if split and not tied:                                         # heads: the mean has 1 / T of their gradient
             param.grad /= len(losses)
         if combine == "sum":
@@ -570,13 +576,15 @@ def conflict_summary(gram: np.ndarray, weights: np.ndarray) -> dict[str, np.ndar
     """What inner products of the tasks' gradients, (T, T), and surgery's weights, (T, T), say about conflict.
 
     Returns:
-        cosine: of each pair, (T, T); conflicts: share of pairs below 0; norm_ratio: length of the update relative to
-        that without surgery; weight: mean factor of a task's gradient in the update, 1 without surgery.
+        cosine: of each pair, (T, T); abs_cosine: mean of its absolute value over pairs; conflicts: share of pairs below
+        0; norm_ratio: length of the update relative to that without surgery; weights: as given; weight: mean over tasks
+        of the factor that a task's gradient has in the update, 1 without surgery.
     """
     norms, pairs = np.sqrt(np.diag(gram)).clip(min=1e-12), ~np.eye(len(gram), dtype=bool)
     total, plain = weights.sum(0), np.ones(len(gram))
     cosine = gram / norms / norms[:, None]
-    return {"cosine": cosine, "conflicts": (cosine[pairs] < 0).mean(), "weight": total.mean(),
+    return {"cosine": cosine, "abs_cosine": np.abs(cosine[pairs]).mean(), "conflicts": (cosine[pairs] < 0).mean(),
+            "weights": weights, "weight": total.mean(),
             "norm_ratio": math.sqrt(max(total @ gram @ total, 0.0) / max(plain @ gram @ plain, 1e-24))}
 
 
@@ -619,9 +627,11 @@ def make_modular_learners(args: Args, num_tasks: int, obs_size: int, action_size
     sizes = (num_tasks, obs_size, action_size, args.hidden_sizes, tuple(range(len(args.hidden_sizes) + 1)), "relu")
     nets = [Actor(*sizes), Critic(*sizes), Critic(*sizes)]
     if args.method != "sac":
-        for net, ends in zip(nets, ((obs_size, 2 * action_size), *((obs_size + action_size, 1),) * 2)):
-            net.net = ModularMLP(num_tasks, [ends[0], *args.hidden_sizes, ends[1]], args.m_init, args.method == "film",
-                                 args.task_net_hidden)
+        ends = (obs_size, 2 * action_size), (obs_size + action_size, 1), (obs_size + action_size, 1)
+        inits = nn.init.xavier_uniform_, nn.init.xavier_normal_, nn.init.xavier_normal_       # those of the plain nets
+        for net, (n_in, n_out), init in zip(nets, ends, inits):
+            net.net = ModularMLP(num_tasks, [n_in, *args.hidden_sizes, n_out], args.m_init, args.method == "film",
+                                 args.task_net_hidden, init)
     return MultiTaskSAC(*nets, num_tasks, action_size)
 
 
@@ -660,7 +670,7 @@ def train(args: Args) -> Path | None:
                       f"give a larger --total-timesteps than {args.total_timesteps:,}")
     capacity = min(args.buffer_size, -(-args.total_timesteps // num_tasks))
     buffer = ReplayBuffer(num_tasks, capacity, obs_size, action_size, device)
-    num_updates, history = 0, []                                       # history: (step, {network: mean cosines (T, T)})
+    num_updates, history = 0, []                                       # history: (step, {what: mean matrix (T, T)})
     losses, conflicts = defaultdict(list), {"critic": defaultdict(list), "actor": defaultdict(list)}
     if args.resume:
         learners.load_state_dict(state["learners"])
@@ -686,6 +696,9 @@ def train(args: Args) -> Path | None:
             world=get_world(envs, obs, rng), num_added=buffer.num_added,
             buffer=buffer.data[:, :len(buffer)].clone().cpu()))       # a clone, or torch.save writes the empty part too
 
+    if args.total_timesteps <= num_tasks * args.learning_starts:
+        print(f"--total-timesteps {args.total_timesteps:,} only fills the buffers: updates begin after "
+              f"{num_tasks * args.learning_starts:,} steps (--learning-starts {args.learning_starts:,} for each task)")
     if not args.resume:
         save()                                                         # from here on a killed run can be resumed
 
@@ -755,13 +768,17 @@ def log_conflicts(run: Run, names: list[str], conflicts: dict, history: list, gl
     for network, collected in conflicts.items():
         means = {key: np.mean(values, axis=0) for key, values in collected.items()}
         collected.clear()
-        cosine = matrices[network] = means.pop("cosine", np.full((len(names),) * 2, np.nan))
+        unknown = np.full((len(names),) * 2, np.nan)                   # as long as there have been no updates
+        cosine = matrices[network] = means.get("cosine", unknown)
+        weights = matrices[f"{network}_weights"] = means.get("weights", unknown)
         per_task_cosine = (cosine.sum(1) - 1) / max(len(names) - 1, 1)
         run.add("grads", {f"{name}/{network}_cosine": value for name, value in zip(names, per_task_cosine)})
+        run.add("grads", {f"{name}/{network}_weight": value for name, value in zip(names, weights.sum(0))})
         columns |= {f"{network}_cosine": per_task_cosine.mean()}
-        columns |= {f"{network}_{key}": means.get(key, math.nan) for key in ("conflicts", "norm_ratio", "weight")}
+        columns |= {f"{network}_{key}": means.get(key, math.nan)
+                    for key in ("abs_cosine", "conflicts", "norm_ratio", "weight")}
     run.add("grads", columns)
-    history.append((global_step, {network: torch.from_numpy(cosine) for network, cosine in matrices.items()}))
+    history.append((global_step, {name: torch.from_numpy(matrix) for name, matrix in matrices.items()}))
     return columns
 
 
@@ -788,7 +805,7 @@ def plot_conflicts(folder: Path, names: list[str], history: list) -> None:
         row[4].plot(table["global_step"], table[f"{network}_conflicts"], label="share of pairs below 0")
         row[4].plot(table["global_step"], table[f"{network}_cosine"], label="mean cosine")
         row[4].axhline(0, color="black", linewidth=0.5)
-        row[4].set(xlabel="environment steps, summed over tasks", title=network)
+        row[4].set(xlabel="environment steps", title=network)
         row[4].legend(frameon=False, fontsize=8)
     figure.colorbar(image, ax=axes[:, :4], label="cosine between gradients of two tasks")
     figure.savefig(folder / "conflicts.png", dpi=120)

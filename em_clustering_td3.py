@@ -409,7 +409,7 @@ class TD3Learners(nn.Module):
     """All that TD3 trains, in stacks of R: policies and twin critics, with their targets.
 
     R is the number of policies, independent of each other; for the two baselines with heads it is the number of tasks,
-    and the networks share the layers of TIED_LAYERS.
+    and the networks share the layers of TIED_LAYERS. What other classes here call a task, T, is such a row.
     """
 
     def __init__(self, args: Args, obs_size: int, action_size: int):
@@ -591,7 +591,7 @@ def gather_gradients(nets: list[tuple[nn.Module, dict]], visit_order: np.ndarray
     """
     tied = [(net.get_parameter(name), copies_) for net, copies in nets for name, copies_ in copies.items()]
     task_grads = torch.cat([copies.grad.flatten(1) for _, copies in tied], dim=1)             # (T, P)
-    gram = (task_grads @ task_grads.T).double().cpu().numpy()
+    gram = (task_grads @ task_grads.T).cpu().double().numpy()
     weights = np.eye(len(gram)) if visit_order is None else conflict_weights(gram, visit_order)
     mean = torch.from_numpy(weights.mean(0)).to(task_grads) @ task_grads
     for (param, _), gradient in zip(tied, mean.split([param.numel() for param, _ in tied])):
@@ -637,7 +637,7 @@ def project_conflicts(task_grads: Tensor, visit_order: np.ndarray) -> Tensor:
     """
     if len(visit_order) != len(task_grads):
         raise ValueError(f"visit_order has {len(visit_order)} rows for {len(task_grads)} tasks; give one row per task")
-    weights = conflict_weights((task_grads @ task_grads.T).double().cpu().numpy(), visit_order)
+    weights = conflict_weights((task_grads @ task_grads.T).cpu().double().numpy(), visit_order)
     return torch.from_numpy(weights).to(task_grads) @ task_grads
 
 
@@ -727,7 +727,9 @@ def train(args: Args) -> Path | None:
         nonlocal assignment, eval_steps
         check_finite(global_step, dict(learners.named_parameters()))
         returns = np.full((num_tasks, n), -np.inf)
-        pairs = np.nonzero(np.isneginf(returns)) if args.method in CLUSTERED else (np.arange(num_tasks), assignment)
+        pairs = (np.arange(num_tasks), assignment)                     # (tasks, policies)
+        if args.method in CLUSTERED:
+            pairs = np.nonzero(np.ones_like(returns))                  # all of them
         result = play(args, learners, pairs[1], pairs[0], e_step_rng)
         returns[pairs] = result["returns"].mean(1)
         eval_steps += result["steps"]
@@ -764,7 +766,7 @@ def train(args: Args) -> Path | None:
         # Step every environment once, log what ended, store --------------------------------------------------
         next_obs, rewards, terminations, truncations, infos = envs.step(actions)
         previous_step, global_step = global_step, global_step + n
-        for _, episode in finished_episodes(infos):
+        for _, episode in finished_episodes(infos):                    # of policy _, in the task that it names
             run.add(f"tasks/{names[int(episode.pop('task'))]}", episode)
         ends = terminations | truncations if args.timeout_is_terminal else terminations
         buffer.add(obs, actions, rewards, true_next_obs(next_obs, infos), ends)

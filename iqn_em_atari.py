@@ -615,7 +615,9 @@ def train(args: Args) -> Path | None:
         nonlocal assignment, eval_steps
         check_finite(global_step, dict(nets.named_parameters()))
         scores = np.full((num_games, n), -np.inf)
-        tried = np.nonzero(np.isneginf(scores)) if args.method == "em" else (np.arange(num_games), assignment)
+        tried = (np.arange(num_games), assignment)                     # (games, policies)
+        if args.method == "em":
+            tried = np.nonzero(np.ones_like(scores))                   # all of them
         pairs = [(int(policy), int(game)) for game, policy in zip(*tried)]
         result = play_games(args, stage, nets, pairs, e_step_rng, min_steps=args.eval_steps)
         scores[tried] = [values.mean() for values in result["returns"]]

@@ -41,7 +41,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -76,10 +76,13 @@ MT50 = (
     "window-close")
 FAMILIES = {"mt3": ("reach", "drawer-close", "window-close"), "mt10": MT10, "mt50": MT50,
             "mt4": ("reach", "drawer-close", "button-press-topdown", "window-close")}
-SMALL = dict(horizon=200, hidden_sizes=(256, 256), batch_size=64, lr=3e-4, critic_lr=1e-3, learning_starts=1_000)
+SMALL = dict(horizon=200, hidden_sizes=(256, 256), batch_size=64, lr=3e-4, critic_lr=1e-3, learning_starts=1_000,
+             total_timesteps=200_000, eval_every=20_000)
 LARGE = dict(horizon=500, hidden_sizes=(400, 400, 400), batch_size=128, lr=3e-4, critic_lr=3e-4, learning_starts=4_000)
 LOG_EVERY = 2_000                                             # environment steps between writes to TensorBoard
-PRESETS = {"mt3": SMALL, "mt4": SMALL, "mt10": LARGE, "mt50": LARGE}     # a setting left at None takes its value here
+PRESETS = {  # a setting left at None takes its value from here
+    "mt3": SMALL, "mt4": SMALL, "mt10": LARGE | dict(total_timesteps=5_000_000, eval_every=200_000),
+    "mt50": LARGE | dict(total_timesteps=20_000_000, eval_every=2_000_000)}
 
 
 @dataclass
@@ -92,12 +95,12 @@ class Args:
     """names of other Meta-World tasks, such as drawer-open window-close; None takes those of --env"""
     seed: int = 1
     """seeds every generator: networks, goals, replay, exploration, order of projections"""
-    total_timesteps: int = 200_000
-    """environment steps, summed over tasks"""
+    total_timesteps: int | None = None
+    """environment steps, summed over tasks; None: 200_000, mt10 5 and mt50 20 million"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """where the networks live; auto takes cuda if present, else cpu"""
-    eval_every: int = 20_000
-    """environment steps between evaluations"""
+    eval_every: int | None = None
+    """environment steps between evaluations; None: 20_000, mt10 200_000, mt50 2 million"""
     eval_episodes: int = 10
     """episodes per task and evaluation: deterministic policy, separate environments, own generators"""
     checkpoint_every: int = 40_000
@@ -441,7 +444,7 @@ def project_conflicts(task_grads: Tensor, visit_order: np.ndarray) -> Tensor:
     """
     if len(visit_order) != len(task_grads):
         raise ValueError(f"visit_order has {len(visit_order)} rows for {len(task_grads)} tasks; give one row per task")
-    weights = conflict_weights((task_grads @ task_grads.T).double().cpu().numpy(), visit_order)
+    weights = conflict_weights((task_grads @ task_grads.T).cpu().double().numpy(), visit_order)
     return torch.from_numpy(weights).to(task_grads) @ task_grads
 
 
@@ -456,7 +459,7 @@ def gather_gradients(nets: list[tuple[nn.Module, dict]], visit_order: np.ndarray
     """
     tied = [(net.get_parameter(name), copies_) for net, copies in nets for name, copies_ in copies.items()]
     task_grads = torch.cat([copies.grad.flatten(1) for _, copies in tied], dim=1)             # (T, P)
-    gram = (task_grads @ task_grads.T).double().cpu().numpy()
+    gram = (task_grads @ task_grads.T).cpu().double().numpy()
     weights = np.eye(len(gram)) if visit_order is None else conflict_weights(gram, visit_order)
     mean = torch.from_numpy(weights.mean(0)).to(task_grads) @ task_grads
     for (param, _), gradient in zip(tied, mean.split([param.numel() for param, _ in tied])):
@@ -480,6 +483,8 @@ def descend_mean(optimizer: torch.optim.Optimizer, losses: Tensor, nets: list, m
     statistics = gather_gradients(nets, orders) if split else None
     params = [(name in copies, param) for net, copies in nets for name, param in net.named_parameters()]
     for tied, param in params:
+        if param.grad is None:                                         # frozen by the reader
+            continue
         if split and not tied:                                         # heads: the mean has 1 / T of their gradient
             param.grad /= len(losses)
         if combine == "sum":
@@ -540,13 +545,15 @@ def conflict_summary(gram: np.ndarray, weights: np.ndarray) -> dict[str, np.ndar
     """What inner products of the tasks' gradients, (T, T), and surgery's weights, (T, T), say about conflict.
 
     Returns:
-        cosine: of each pair, (T, T); conflicts: share of pairs below 0; norm_ratio: length of the update relative to
-        that without surgery; weight: mean factor of a task's gradient in the update, 1 without surgery.
+        cosine: of each pair, (T, T); abs_cosine: mean of its absolute value over pairs; conflicts: share of pairs below
+        0; norm_ratio: length of the update relative to that without surgery; weights: as given; weight: mean over tasks
+        of the factor that a task's gradient has in the update, 1 without surgery.
     """
     norms, pairs = np.sqrt(np.diag(gram)).clip(min=1e-12), ~np.eye(len(gram), dtype=bool)
     total, plain = weights.sum(0), np.ones(len(gram))
     cosine = gram / norms / norms[:, None]
-    return {"cosine": cosine, "conflicts": (cosine[pairs] < 0).mean(), "weight": total.mean(),
+    return {"cosine": cosine, "abs_cosine": np.abs(cosine[pairs]).mean(), "conflicts": (cosine[pairs] < 0).mean(),
+            "weights": weights, "weight": total.mean(),
             "norm_ratio": math.sqrt(max(total @ gram @ total, 0.0) / max(plain @ gram @ plain, 1e-24))}
 
 
@@ -627,7 +634,7 @@ def train(args: Args) -> Path | None:
                       f"give a larger --total-timesteps than {args.total_timesteps:,}")
     capacity = min(args.buffer_size, -(-args.total_timesteps // num_tasks))
     buffer = ReplayBuffer(num_tasks, capacity, obs_size, action_size, device)
-    num_updates, history = 0, []                                       # history: (step, {network: mean cosines (T, T)})
+    num_updates, history = 0, []                                       # history: (step, {what: mean matrix (T, T)})
     losses, conflicts = defaultdict(list), {"critic": defaultdict(list), "actor": defaultdict(list)}
     if args.resume:
         learners.load_state_dict(state["learners"])
@@ -639,9 +646,12 @@ def train(args: Args) -> Path | None:
         obs = set_world(state["world"], envs, rng)
     run = Run(args, names, global_step, state["seconds"])
     if not args.resume:
-        sizes = {name: sum(p.numel() for p in net.parameters()) for name, net in (("policy", learners.actor),
-                                                                                  ("each critic", learners.qf1))}
-        print("parameters: " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
+        for method in dict.fromkeys((args.method, "sac")):             # a comparison needs to know this
+            with torch.device("meta"):                                 # sizes only
+                other = make_learners(replace(args, method=method, heads=args.heads and method == "pcgrad"),
+                                      num_tasks, obs_size, action_size)
+            sizes = [sum(p.numel() for p in net.parameters()) for net in (other.actor, other.qf1)]
+            print(f"parameters of {method}: policy {sizes[0]:,}, each critic {sizes[1]:,}")
 
     def save() -> None:
         """Everything that the next step reads."""
@@ -658,6 +668,9 @@ def train(args: Args) -> Path | None:
             return None
         return fixed_visit_order(num_tasks) if args.fixed_order else draw_visit_order(num_tasks, rng)
 
+    if args.total_timesteps <= num_tasks * args.learning_starts:
+        print(f"--total-timesteps {args.total_timesteps:,} only fills the buffers: updates begin after "
+              f"{num_tasks * args.learning_starts:,} steps (--learning-starts {args.learning_starts:,} for each task)")
     if not args.resume:
         save()                                                         # from here on a killed run can be resumed
 
@@ -733,13 +746,17 @@ def log_conflicts(run: Run, names: list[str], conflicts: dict, history: list, gl
     for network, collected in conflicts.items():
         means = {key: np.mean(values, axis=0) for key, values in collected.items()}
         collected.clear()
-        cosine = matrices[network] = means.pop("cosine", np.full((len(names),) * 2, np.nan))
+        unknown = np.full((len(names),) * 2, np.nan)                   # as long as there have been no updates
+        cosine = matrices[network] = means.get("cosine", unknown)
+        weights = matrices[f"{network}_weights"] = means.get("weights", unknown)
         per_task_cosine = (cosine.sum(1) - 1) / max(len(names) - 1, 1)
         run.add("grads", {f"{name}/{network}_cosine": value for name, value in zip(names, per_task_cosine)})
+        run.add("grads", {f"{name}/{network}_weight": value for name, value in zip(names, weights.sum(0))})
         columns |= {f"{network}_cosine": per_task_cosine.mean()}
-        columns |= {f"{network}_{key}": means.get(key, math.nan) for key in ("conflicts", "norm_ratio", "weight")}
+        columns |= {f"{network}_{key}": means.get(key, math.nan)
+                    for key in ("abs_cosine", "conflicts", "norm_ratio", "weight")}
     run.add("grads", columns)
-    history.append((global_step, {network: torch.from_numpy(cosine) for network, cosine in matrices.items()}))
+    history.append((global_step, {name: torch.from_numpy(matrix) for name, matrix in matrices.items()}))
     return columns
 
 
@@ -766,7 +783,7 @@ def plot_conflicts(folder: Path, names: list[str], history: list) -> None:
         row[4].plot(table["global_step"], table[f"{network}_conflicts"], label="share of pairs below 0")
         row[4].plot(table["global_step"], table[f"{network}_cosine"], label="mean cosine")
         row[4].axhline(0, color="black", linewidth=0.5)
-        row[4].set(xlabel="environment steps, summed over tasks", title=network)
+        row[4].set(xlabel="environment steps", title=network)
         row[4].legend(frameon=False, fontsize=8)
     figure.colorbar(image, ax=axes[:, :4], label="cosine between gradients of two tasks")
     figure.savefig(folder / "conflicts.png", dpi=120)

@@ -195,6 +195,28 @@ def test_a_longer_run_continues_a_finished_one(script, tmp_path, monkeypatch, st
     assert len(json.loads((run / "args.json").read_text())["commands"]) == 3
 
 
+def same(one, other) -> bool:
+    """Whether two checkpoints' entries hold the same numbers."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return torch.equal(one.nan_to_num(7), other.nan_to_num(7)) if isinstance(one, torch.Tensor) else one == other
+
+
+@every_script
+def test_resuming_restores_all_that_was_saved(script, tmp_path, monkeypatch, straight_run):
+    run = tmp_path / "run"
+    shutil.copytree(straight_run(script), run)
+    states = [torch.load(run / "checkpoint.pt", weights_only=True)]
+    run_here(script, f"--resume {run}", monkeypatch)      # nothing left to do but to save again
+    states.append(torch.load(run / "checkpoint.pt", weights_only=True))
+    drawn_anew = set() if script in RESTARTS_EXACTLY else {"world", "numpy", "torch", "replay"}       # fresh episodes
+    assert states[0].keys() == states[1].keys()
+    for key in states[0].keys() - {"seconds", "args"} - drawn_anew:
+        assert same(states[0][key], states[1][key]), key
+
+
 @most_scripts
 def test_a_full_disk_costs_no_checkpoint(script, command_line, tmp_path, monkeypatch, straight_run):
     limit = int((straight_run(script) / "checkpoint.pt").stat().st_size * FULL_AT)

@@ -93,6 +93,24 @@ def test_parameter_counts_are_the_papers(method, num_tasks, hidden, policy, crit
     assert sum(p.numel() for p in learners.qf1.parameters()) == critic
 
 
+def test_a_task_network_is_smaller_than_its_table():
+    args = dg.Args(env="mt10", task_net_hidden=8, hidden_sizes=(16, 16))
+    actor = dg.make_modular_learners(args, 10, 49, 4).actor
+    shared = 49 * 16 + 16 + 16 * 17 + 8 * 17
+    assert sum(p.numel() for p in actor.parameters()) == shared + 2 * (10 * 8 + 8 * 17 * 16) - 10 * 8
+
+
+def test_critics_start_as_those_of_the_plain_network():
+    for method in ("sac", "dgrad-a", "film"):
+        args = dg.Args(env="mt10", method=method)
+        learners = dg.make_modular_learners(args, 10, 49, 4)
+        for name, bounded in (("actor", True), ("qf1", False), ("qf2_target", False)):                 # uniform; normal
+            net = getattr(learners, name).net
+            weight = getattr(net, "trunk", net).weights[1]
+            assert (weight.abs().max() <= (6 / 800) ** 0.5) == bounded
+            assert weight.std().item() == pytest.approx((2 / 800) ** 0.5, rel=0.02)
+
+
 def test_identity_layers_learn_like_the_plain_network_at_first():
     """Before the layers have moved, the trunk of dgrad-a gets the gradients of plain SAC."""
     results = []

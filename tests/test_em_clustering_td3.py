@@ -1,6 +1,7 @@
 """EM with TD3: tasks and rewards by hand, E- and M-step bookkeeping, TD3 against independent code, gradient surgery."""
 import itertools
 import math
+from collections import Counter
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -58,6 +59,9 @@ def test_pendulum_step_by_hand():
     env.angle, env.velocity = math.pi / 2, 8.0
     env.step(np.array([0.0]))
     assert env.velocity == 8 and env.angle == pytest.approx(math.pi / 2 + 0.05 * (8 + 0.05 * 15 / 0.7))     # unclipped
+    for angle, upright in ((0.0, True), (2 * math.pi + 0.2, True), (0.4, False), (math.pi, False)):
+        env.angle, env.velocity = angle, 0.0
+        assert env.step(np.array([0.0]))[4]["success"] == upright
 
 
 def test_an_environment_draws_only_tasks_that_it_is_allowed():
@@ -258,6 +262,14 @@ def test_play_asks_the_right_policy_in_the_right_task(probes):
     assert result["successes"].tolist() == [[1, 1], [0, 0], [0, 0], [1, 1], [0, 0]] and result["steps"] == 10
 
 
+def test_every_episode_of_a_pair_starts_elsewhere(monkeypatch):
+    monkeypatch.setitem(em.EVAL_HORIZON, "pendulum", 5)
+    args = small(eval_episodes=20)
+    pairs = np.array([0, 1, 1]), np.array([3, 3, 4])
+    returns = em.play(args, em.TD3Learners(args, 3, 1), *pairs, np.random.default_rng(0))["returns"]
+    assert returns.shape == (3, 20) and len(np.unique(returns)) == 60
+
+
 def test_e_step_by_hand_with_a_tie_and_an_empty_policy():
     returns = np.array([[1.0, 5.0, 2.0], [3.0, 3.0, -1.0], [0.0, 0.5, 0.4]])   # three tasks, three policies
     assignment = em.assign_tasks(returns)
@@ -269,11 +281,16 @@ def test_m_step_trains_each_policy_on_its_own_tasks_and_keeps_what_it_has(probes
     """Scripted assignments: tasks played, replay kept across them, generous accounting of steps."""
     script = iter([np.array([0, 0, 0, 1, 1, 1, 1]), np.array([1, 1, 1, 0, 0, 0, 0]), np.zeros(7, int), np.ones(7, int)])
     monkeypatch.setattr(em, "assign_tasks", lambda returns: next(script))
+    logged, add = Counter(), em.Run.add
+    monkeypatch.setattr(em.Run, "add", lambda self, group, values: logged.update([group]) or add(self, group, values))
     folder = em.train(small("em", runs_dir=tmp_path, total_timesteps=1_800))
     training = probes[:2]                                                      # the first two environments train
     m_steps = [[set(env.played[start:start + 300]) for start in (2, 303, 604)] for env in training]
     assert m_steps[0] == [{0, 1, 2}, {3, 4, 5, 6}, set(range(7))]              # then everything, having all ...
     assert m_steps[1] == [{3, 4, 5, 6}, {0, 1, 2}, set(range(7))]              # ... or none
+    played = Counter(em.TASKS["pendulum"][task] for env in training for start in (1, 302, 603)
+                     for task in env.played[start:start + 300])                # each M-step's last start is not played
+    assert {name: logged[f"tasks/{name}"] for name in em.TASKS["pendulum"]} == played
     state = em.load_checkpoint(folder)
     assert state["num_added"] == 900 and state["buffer"].shape == (2, 900, 2 + 1 + 1 + 2 + 1)
     assert state["eval_steps"] == 4 * 2 * 7 and column(folder, "eval_steps") == [28, 42, 56]
@@ -341,7 +358,7 @@ class PlainTD3:
                                             lr=args.lr, eps=1e-7)]
 
     def clip(self, name):
-        for p in self.nets[name].parameters():
+        for p in self.nets[name].parameters() if self.args.max_grad_norm else ():
             torch.nn.utils.clip_grad_norm_([p], self.args.max_grad_norm)
 
     def update(self, obs, actions, rewards, next_obs, terminations, noise, update_policy):
@@ -373,8 +390,9 @@ def batch_of(rows, size=20, obs_size=3):
             torch.randn(rows, size, obs_size), (torch.rand(rows, size) < 0.3).float()]
 
 
-def test_the_stack_equals_independent_td3_learners():
-    args = small(lr=1e-2, action_scale=2.0, smoothing_noise=0.4, num_policies=3)
+@pytest.mark.parametrize("max_grad_norm", [0.5, 0.0])
+def test_the_stack_equals_independent_td3_learners(max_grad_norm):
+    args = small(lr=1e-2, action_scale=2.0, smoothing_noise=0.4, num_policies=3, max_grad_norm=max_grad_norm)
     torch.manual_seed(1)
     learners = em.TD3Learners(args, 3, 1)
     for name in ("actor", "qf1", "qf2"):                                       # or a slip in the targets would not show
@@ -405,6 +423,13 @@ def test_losses_by_hand():
         pytest.approx(-3 + 0.1 * 2)]
     noise = em.clipped_noise(torch.zeros(10_000), 0.4)
     assert noise.abs().max() == 0.5 and 0.15 < (noise.abs() == 0.5).float().mean() < 0.27      # 2 (1 - Phi(1.25))
+
+
+def test_exploration_noise_is_that_of_its_flag(tmp_path, monkeypatch):
+    monkeypatch.setattr(em, "policy_actions", lambda args, actor, obs: torch.zeros(*obs.shape[:2], 1))
+    args = small(runs_dir=tmp_path, exploration_noise=0.3, smoothing_noise=0.1, learning_starts=10_000)
+    actions = em.load_checkpoint(em.train(args))["buffer"][..., 3]
+    assert actions.std() == pytest.approx(0.278, rel=0.05) and actions.abs().max() == 0.5      # 0.3, clipped
 
 
 def test_exploration_stays_within_the_torque_limit_and_scales_actions(tmp_path):
@@ -473,7 +498,11 @@ def test_parameter_counts_are_the_papers(env, method, count):
 @pytest.mark.parametrize("env, method, expected", [
     ("pendulum", "em", (4, 50_000, 10_000, 1, 128, 3e-3, 0.05, 0.1, 2_000_000)),
     ("pendulum", "sp", (1, 200_000, 10_000, 1, 128, 3e-3, 0.05, 0.1, 2_000_000)),
+    ("pendulum", "multihead", (7, 28_571, 14_300, 1, 128, 3e-3, 0.05, 0.1, 2_000_000)),
     ("pendulum", "surgery", (7, 28_571, 14_300, 1, 128, 3e-3, 0.05, 0.1, 2_000_000)),
+    ("track", "surgery", (6, 133_333, 16_700, 5, 1_000, 1e-3, 0.1, 0.2, 5_000_000)),
+    ("legs", "multihead", (9, 88_888, 11_100, 5, 1_000, 1e-3, 0.1, 0.2, 5_000_000)),
+    ("legs", "surgery", (9, 88_888, 11_100, 5, 1_000, 1e-3, 0.1, 0.2, 5_000_000)),
     ("track", "em", (4, 200_000, 10_000, 3, 1_000, 1e-3, 0.1, 0.2, 5_000_000)),
     ("track", "multihead", (6, 133_333, 16_700, 5, 1_000, 1e-3, 0.1, 0.2, 5_000_000)),
     ("legs", "ppt", (9, 88_888, 10_000, 3, 1_000, 1e-3, 0.1, 0.2, 5_000_000))])
@@ -556,7 +585,8 @@ def test_rows_more_often_change_no_training_number(tmp_path, monkeypatch):
     assert [len(csv_rows(run)) for run in runs] == [3, 2] and torch.equal(a["buffer"], b["buffer"])
 
 
-def test_resumed_within_an_m_step_goes_on_with_its_own_tasks(tmp_path, monkeypatch):
+@pytest.mark.parametrize("buffer_size", [100, 10_000])
+def test_resumed_within_an_m_step_goes_on_with_its_own_tasks(buffer_size, tmp_path, monkeypatch):
     monkeypatch.setitem(em.EVAL_HORIZON, "pendulum", 20), monkeypatch.setitem(em.HORIZON, "pendulum", 40)
     save = em.Run.save
 
@@ -564,13 +594,36 @@ def test_resumed_within_an_m_step_goes_on_with_its_own_tasks(tmp_path, monkeypat
         save(self, state)
         (tmp_path / f"{state['global_step']}.pt").write_bytes((self.dir / "checkpoint.pt").read_bytes())
     monkeypatch.setattr(em.Run, "save", keep)
-    folder = em.train(small("random-clusters", runs_dir=tmp_path / "runs", checkpoint_every=700))
+    args = small("random-clusters", runs_dir=tmp_path / "runs", checkpoint_every=700, buffer_size=buffer_size)
+    folder = em.train(args)
     straight = em.load_checkpoint(folder)
     (folder / "checkpoint.pt").write_bytes((tmp_path / "700.pt").read_bytes())
     em.train(em.read_args(em.Args, ["--resume", str(folder)]))
     again = em.load_checkpoint(folder)
-    assert torch.equal(straight["buffer"], again["buffer"])
+    assert torch.equal(straight["buffer"], again["buffer"]) and again["buffer"].shape[1] == min(buffer_size, 600)
     assert all(torch.equal(straight["learners"][k], again["learners"][k]) for k in again["learners"])
+    assert str(straight["history"]) == str(again["history"]) and len(again["history"]) == 3
+
+
+def test_evaluate_plays_the_stored_policies_in_the_stored_assignment(tmp_path, monkeypatch, capsys):
+    """Spoil one policy in a checkpoint: only the tasks that are assigned to it may come out otherwise."""
+    monkeypatch.setitem(em.EVAL_HORIZON, "pendulum", 20)
+
+    def table():
+        return [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("length")]
+    folder = em.train(small("random-clusters", runs_dir=tmp_path, eval_episodes=3))
+    tables, state = [table()], em.load_checkpoint(folder)
+    for spoilt in (None, 0, 1):
+        changed = {name: value.clone() for name, value in state["learners"].items()}
+        if spoilt is not None:
+            changed["actor.biases.2"][spoilt] += 50                            # full torque to one side
+        torch.save(state | {"learners": changed}, folder / "checkpoint.pt")
+        em.train(em.read_args(em.Args, ["--evaluate", str(folder)]))
+        tables.append(table())
+    assert tables[0] == tables[1] and len(tables[0]) == 7
+    assert state["assignment"].tolist() != [0, 1, 0, 1, 0, 1, 0]               # as if nothing had been stored
+    for spoilt, spoilt_table in enumerate(tables[2:]):
+        assert [a != b for a, b in zip(spoilt_table, tables[1])] == (state["assignment"] == spoilt).tolist()
 
 
 @pytest.mark.parametrize("method", ["multihead", "surgery"])

@@ -8,8 +8,11 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 
+import dgrad_arch_sac as dg
 import pcgrad_sac as pc
 import qmp_sac
+
+both_scripts = pytest.mark.parametrize("script", [pc, dg])                     # what each has a text of its own of
 
 SMALL = dict(tasks=("reach", "drawer-close", "window-close"), total_timesteps=600, horizon=30, learning_starts=50,
              hidden_sizes=(16, 16), batch_size=8, eval_every=300, eval_episodes=1, checkpoint_every=300)
@@ -105,6 +108,8 @@ def test_conflict_summary_by_hand():
     assert summary["conflicts"] == pytest.approx(2 / 6)                        # pairs 1-2 and 2-1 of six
     # projected: (.5, .5), (0, 1), (0, 2): sum (.5, 3.5); without: (0, 3); weights .5 more for 2 and 1 more for 1
     assert summary["norm_ratio"] == pytest.approx(12.5 ** 0.5 / 3) and summary["weight"] == pytest.approx(4.5 / 3)
+    assert summary["abs_cosine"] == pytest.approx(half * 4 / 6)
+    assert summary["weights"].sum(0) == pytest.approx([2, 1.5, 1])             # of each task's gradient, 4.5 together
 
 
 # --- the joint step --------------------------------------------------------------------------------------------------
@@ -137,6 +142,7 @@ def test_tasks_that_agree_completely_make_the_joint_step(monkeypatch):
 
 def test_surgery_changes_the_update_to_the_projected_mean():
     learners, optimizers, batch = learners_and_batch()
+    learners.log_alpha.data = torch.tensor([-2.0, 0.0, 1.0])                   # temperatures of their own
     before = [param.detach().clone() for param in learners.qf1.parameters()]
     for optimizer in optimizers.values():                                      # plain gradient descent shows gradients
         optimizer.__class__ = torch.optim.SGD
@@ -144,13 +150,14 @@ def test_surgery_changes_the_update_to_the_projected_mean():
     optimizers["actor"] = torch.optim.SGD(learners.actor.parameters(), lr=1.0)
     optimizers["alpha"] = torch.optim.SGD([learners.log_alpha], lr=1.0)
     twin, _, _ = learners_and_batch()
+    twin.load_state_dict(learners.state_dict())
     torch.manual_seed(1)
     obs, actions, rewards, next_obs, ends = batch
     with torch.no_grad():
         mean, log_std = twin.actor(next_obs)
         next_actions, log_prob = pc.squash(mean, log_std, torch.randn_like(mean))
         q = torch.min(twin.qf1_target(next_obs, next_actions), twin.qf2_target(next_obs, next_actions))
-        target = rewards + 0.99 * (1 - ends) * (q - log_prob)
+        target = rewards + 0.99 * (1 - ends) * (q - torch.tensor([-2.0, 0.0, 1.0]).exp()[:, None] * log_prob)
     both, rows = [*twin.qf1.parameters(), *twin.qf2.parameters()], []
     for task in range(3):                                                      # each task's gradient, by itself
         loss = sum(((qf(obs, actions) - target)[task] ** 2).mean() for qf in (twin.qf1, twin.qf2))
@@ -158,13 +165,25 @@ def test_surgery_changes_the_update_to_the_projected_mean():
     projected = pc.project_conflicts(torch.stack(rows), in_order(2, 3, 1))     # one vector of both critics
     assert not torch.allclose(projected, torch.stack(rows), atol=1e-3)
     for combine, factor in (("mean", 1), ("sum", 3)):
-        for param, value in zip(learners.qf1.parameters(), before):
-            param.data.copy_(value)
-        other, _, _ = learners_and_batch()
-        learners.load_state_dict(other.state_dict())
+        learners.load_state_dict(twin.state_dict())
         step(learners, optimizers, batch, split=True, orders=in_order(2, 3, 1), combine=combine)
         moved = torch.cat([(a - b).flatten() for a, b in zip(before, learners.qf1.parameters())])
         torch.testing.assert_close(moved, factor * projected.mean(0)[:len(moved)], atol=1e-4, rtol=1e-4)
+
+
+def test_each_optimizer_has_its_own_step_size():
+    learners, _, _ = learners_and_batch()
+    rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in learners.make_optimizers(0.1, 0.2).items()}
+    assert rates == {"actor": 0.1, "critic": 0.2, "alpha": 0.2}
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_layer_stays_and_the_others_learn(frozen):
+    learners, optimizers, batch = learners_and_batch("multihead")
+    learners.actor.net.weights[-1].requires_grad_(False) if frozen else None
+    before = [weight.clone() for weight in learners.actor.net.weights]
+    step(learners, optimizers, batch, split=True, orders=in_order(1, 2, 3), max_grad_norm=1.0)
+    assert [torch.equal(*pair) for pair in zip(before, learners.actor.net.weights)] == [False, False, bool(frozen)]
 
 
 def test_one_task_is_the_single_task_sac_of_the_sister_script():
@@ -265,12 +284,16 @@ def test_every_method_runs_and_counts_conflicts(method, tmp_path):
         weight = table[f"{network}_weight"]
         assert (weight >= 1).all() and (weight > 1).any() == (method == "pcgrad")
         assert (table[f"{network}_norm_ratio"] != 1).any() == (method == "pcgrad")
+        for row, (_, matrices) in zip(table, state["history"]):
+            assert matrices[f"{network}_weights"].sum() / 3 == pytest.approx(row[f"{network}_weight"], rel=1e-4)
+            assert matrices[network].diag() == pytest.approx(torch.ones(3), rel=1e-6)
     assert (folder / "conflicts.png").exists() and len(state["history"]) == 2
     assert (folder / "metrics.csv").read_text().count("\n") == 3
 
 
-def test_what_is_stored_at_a_time_limit_and_while_filling(tmp_path):
-    folder = pc.train(pc.Args(**SMALL | dict(runs_dir=tmp_path, horizon=7, total_timesteps=300)))
+@both_scripts
+def test_what_is_stored_at_a_time_limit_and_while_filling(script, tmp_path):
+    folder = script.train(script.Args(**SMALL | dict(runs_dir=tmp_path, horizon=7, total_timesteps=300)))
     obs, actions, _, next_obs, ends = pc.load_checkpoint(folder)["buffer"].split([42, 4, 1, 42, 1], -1)
     assert not ends.any()                                                      # a time limit bootstraps
     jumps = (obs[:, 1:] != next_obs[:, :-1]).any(-1)                           # the true last observation is stored
@@ -284,10 +307,35 @@ def test_fixed_order_and_sum_reach_the_update(tmp_path, monkeypatch):
 
     def listening(*arguments):
         seen.append((arguments[7](), arguments[8]))
+        assert arguments[3:6] == (0.99, 0.005, 1.0)                            # gamma, tau, clipping
+        assert [arguments[1][name].param_groups[0]["lr"] for name in ("actor", "critic")] == [3e-4, 1e-3]
         return update(*arguments)
     monkeypatch.setattr(pc, "joint_update", listening)
     pc.train(pc.Args(**SMALL | dict(runs_dir=tmp_path, total_timesteps=180, fixed_order=True, combine="sum")))
     assert len(seen) == 10 and all(order.tolist() == [[1, 2], [0, 2], [0, 1]] and c == "sum" for order, c in seen)
+
+
+@both_scripts
+def test_training_explores_and_evaluation_does_not(script, tmp_path, monkeypatch):
+    seen, evaluate = [], script.evaluate
+
+    def listening(args, task_ids, act, **more):
+        obs = np.zeros((3, 42), np.float32)
+        seen.append((act(obs), act(obs)))
+        return evaluate(args, task_ids, act, **more)
+    monkeypatch.setattr(script, "evaluate", listening)
+    state = pc.load_checkpoint(script.train(script.Args(**SMALL | dict(runs_dir=tmp_path))))
+    assert len(seen) == 3 and all(np.array_equal(*pair) for pair in seen)
+    actions = state["buffer"][:, 60:, 42:46]
+    assert actions.std() > 0.3 and len(actions.unique()) > 1_000               # not the mean of a policy that is new
+
+
+@both_scripts
+@pytest.mark.parametrize("total", [150, 153])
+def test_a_run_too_short_for_an_update_says_so(script, total, tmp_path, capsys):
+    folder = script.train(script.Args(**SMALL | dict(total_timesteps=total, runs_dir=tmp_path)))
+    assert ("only fills the buffers: updates begin after 150 steps" in capsys.readouterr().out) == (total == 150)
+    assert pc.load_checkpoint(folder)["num_updates"] == (total > 150)
 
 
 def test_orders_are_random_by_default_and_settings_reach_the_environments(tmp_path, monkeypatch):
@@ -295,8 +343,19 @@ def test_orders_are_random_by_default_and_settings_reach_the_environments(tmp_pa
     monkeypatch.setattr(pc, "joint_update", lambda *a: seen.append((a[7](), a[8])) or update(*a))
     pc.train(pc.Args(**SMALL | dict(runs_dir=tmp_path, total_timesteps=180)))
     assert len({order.tobytes() for order, _ in seen}) > 3 and {combine for _, combine in seen} == {"mean"}
-    env = pc.make_env(pc.Args(num_goals=3, reward_version="v1", tasks=("push", "reach")), 0).unwrapped
-    assert len(env.goals) == 3 and env.stock.reward_function_version == "v1"
+
+
+@both_scripts
+def test_settings_reach_the_environments_and_the_update(script, tmp_path, monkeypatch):
+    env = script.make_env(script.Args(num_goals=3, reward_version="v1", tasks=("push", "reach"), horizon=77), 0)
+    assert len(env.unwrapped.goals) == 3 and env.unwrapped.stock.reward_function_version == "v1"
+    assert env.get_wrapper_attr("_max_episode_steps") == 77 and "Push" in type(env.unwrapped.stock).__name__
+    seen, update = [], script.joint_update
+    monkeypatch.setattr(script, "joint_update", lambda *a: seen.append(a) or update(*a))
+    script.train(script.Args(**SMALL | dict(runs_dir=tmp_path, total_timesteps=165, gamma=0.9, tau=0.1, lr=0.01)))
+    assert len(seen) == 5 and all(a[3:6] == (0.9, 0.1, 1.0) for a in seen)
+    assert [seen[0][1][name].param_groups[0]["lr"] for name in ("actor", "critic", "alpha")] == [0.01, 1e-3, 1e-3]
+    assert all([*obs.shape] == [3, 8, 42] for obs, *_ in (a[2] for a in seen))
 
 
 def test_the_sum_reaches_the_policy_as_well():
@@ -315,20 +374,35 @@ def test_the_sum_reaches_the_policy_as_well():
 
 @pytest.mark.parametrize("env, expected", [
     ("mt4", (200, (256, 256), 64, 3e-4, 1e-3, 1_000)), ("mt10", (500, (400, 400, 400), 128, 3e-4, 3e-4, 4_000))])
-def test_the_recommended_settings_are_the_defaults(env, expected):
-    args = pc.Args(env=env)
+@both_scripts
+def test_the_recommended_settings_are_the_defaults(script, env, expected):
+    args = script.Args(env=env)
     assert (args.horizon, args.hidden_sizes, args.batch_size, args.lr, args.critic_lr, args.learning_starts) == expected
     assert (args.num_goals, args.reward_version, args.gamma, args.tau) == (50, "v2", 0.99, 0.005)
-    assert (args.max_grad_norm, args.combine, args.fixed_order, args.buffer_size) == (1.0, "mean", False, 100_000)
+    assert (args.max_grad_norm, args.buffer_size, args.watch_every) == (1.0, 100_000, 10)
+    assert (pc.Args().combine, pc.Args().fixed_order, args.tasks) == ("mean", False, pc.FAMILIES[env])
+    assert (args.total_timesteps, args.eval_every) == {"mt4": (200_000, 20_000), "mt10": (5_000_000, 200_000)}[env]
+    assert script.Args(env=env, total_timesteps=7).total_timesteps == 7
 
 
 @pytest.mark.parametrize("num_tasks, hidden, policy, critic", [
     (10, (160,) * 6, 138_088, 137_601), (50, (160,) * 6, 144_488, 144_001), (10, (400,) * 3, 344_008, 342_801),
     (50, (400,) * 3, 360_008, 358_801)])
-def test_parameter_counts_are_the_papers(num_tasks, hidden, policy, critic):
+def test_parameter_counts_are_the_papers(num_tasks, hidden, policy, critic, capsys):
     learners = pc.make_learners(pc.Args(env="mt10", hidden_sizes=hidden), num_tasks, 39 + num_tasks, 4)
     assert sum(p.numel() for p in learners.actor.parameters()) == policy
     assert sum(p.numel() for p in learners.qf1.parameters()) == critic
+    heads = pc.make_learners(pc.Args(env="mt10", hidden_sizes=hidden, heads=True), num_tasks, 39 + num_tasks, 4)
+    assert sum(p.numel() for p in heads.actor.parameters()) == policy + (num_tasks - 1) * 8 * (hidden[-1] + 1)
+
+
+@pytest.mark.parametrize("method, heads", [("pcgrad", False), ("pcgrad", True), ("multihead", False)])
+def test_parameter_counts_are_printed_beside_the_baselines(method, heads, tmp_path, capsys):
+    pc.train(pc.Args(**SMALL | dict(method=method, heads=heads, total_timesteps=60, runs_dir=tmp_path)))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("parameters of ")]
+    plain = 42 * 16 + 16 + 16 * 17 + 8 * 17
+    sizes = [int(line.split("policy ")[1].split(", each")[0].replace(",", "")) for line in lines]
+    assert sizes == [plain + 2 * 8 * 17 * (heads or method == "multihead"), plain]
 
 
 @pytest.mark.slow
