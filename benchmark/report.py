@@ -114,6 +114,20 @@ def tables(results: Path, method: str, suffix: str = "") -> dict[int, np.ndarray
             for match, path in sorted(found.items(), key=lambda item: str(item[1])) if match}
 
 
+def runs_of(results: Path, figure: dict) -> dict[str, dict]:
+    """metrics.csv by method and seed: the figure's own, then those of the figure that it is to be compared with."""
+    own = {method: tables(results, method) for method in figure["methods"]}
+    if "compared_with" in figure:
+        other = figure["compared_with"]
+        own |= {method: tables(results.parent / other, method) for method in run.FIGURES[other]["methods"]}
+    return {method: found for method, found in own.items() if found}
+
+
+def place_of(results: Path, method: str, figure: dict) -> Path:
+    """The results that hold a method's files."""
+    return results if method in figure["methods"] else results.parent / figure["compared_with"]
+
+
 def kind_of(figure: dict) -> str:
     """The column that each task has: its success where that is what the figure shows, else its return."""
     return "success" if figure["measure"] == "mean_success" else "return"
@@ -153,7 +167,7 @@ def panels(results: Path, runs: dict[str, dict], figure: dict) -> list[tuple[str
         shown.append((f"{progress}, evaluated, mean over tasks", {
             method: [(t["global_step"], np.mean([t[f"{task}/{progress}"] for task in tasks_of(t)], axis=0))
                      for t in seeds.values()] for method, seeds in runs.items()}))
-    trained = {method: tables(results, method, "-training") for method in runs}
+    trained = {method: tables(place_of(results, method, figure), method, "-training") for method in runs}
     if all(trained.values()):
         shown.append((f"{progress or kind_of(figure)} in training episodes", {
             method: [(t["global_step"], mean_known([t[task] for task in t.dtype.names[1:]]))
@@ -232,7 +246,13 @@ def verdict(claim: str, runs: dict[str, dict], measure: str) -> str:
         return f"* {claim}: not enough runs (three seeds of both are needed)"
     ends = [[late(table, measure) for table in runs[name].values()] for name in (better, worse)]
     wholes = [[table[measure].mean() for table in runs[name].values()] for name in (better, worse)]
-    return f"* {claim}: last quarter {compared(*ends)}; whole run {compared(*wholes)}"
+    tasks, kind = tasks_of(next(iter(runs[better].values()))), measure.removeprefix("mean_")
+    ahead = ""
+    if len(tasks) > 1 and kind in ("return", "success"):
+        means = [[np.mean([late(table, f"{task}/{kind}") for table in runs[name].values()]) for task in tasks]
+                 for name in (better, worse)]
+        ahead = f", ahead on {sum(map(np.greater, *means))} of {len(tasks)} tasks"
+    return f"* {claim}: last quarter {compared(*ends)}{ahead}; whole run {compared(*wholes)}"
 
 
 def summary(results: Path, runs: dict[str, dict], figure: dict) -> str:
@@ -258,6 +278,18 @@ def summary(results: Path, runs: dict[str, dict], figure: dict) -> str:
             values = [spread([late(t, f"{task}/{name}") for t in seeds.values()],
                              places if name == kind else 2) for task in tasks]
             lines.append(f"| {method} | {' | '.join(values)} |")
+    for share in figure.get("at", ()):
+        lines += ["", f"| {kind} per task, {'at the end' if share == 1 else f'at {share:.0%} of the run'} | "
+                  f"{' | '.join(tasks)} |", "|---" * (1 + len(tasks)) + "|"]
+        for method, seeds in runs.items():
+            lines.append(f"| {method} | {' | '.join(at_share(seeds, task, kind, share, places) for task in tasks)} |")
+    if "statistics" in figure:
+        lines += ["", f"| mean over the run | {' | '.join(name.replace('_', ' ') for name in figure['statistics'])} |",
+                  "|---" * (1 + len(figure["statistics"])) + "|"]
+        for method, seeds in runs.items():
+            cells = [spread([np.nanmean(t[name]) for t in seeds.values() if name in t.dtype.names], 2)
+                     if any(name in t.dtype.names for t in seeds.values()) else "–" for name in figure["statistics"]]
+            lines.append(f"| {method} | {' | '.join(cells)} |")
     lines += shares(results, runs)
     lines += ["", *(verdict(claim, runs, measure) for claim in figure["expected"])]
     if (results / "runs.json").exists():
@@ -267,6 +299,19 @@ def summary(results: Path, runs: dict[str, dict], figure: dict) -> str:
         lines += ["", f"{len(known)} runs of {min(hours):.1f} to {max(hours):.1f} hours each, one thread, torch "
                       f"{versions['torch']}; their commands are in `benchmark/results/{results.name}/runs.json`."]
     return "\n".join(lines) + "\n"
+
+
+def at_share(seeds: dict, task: str, kind: str, share: float, places: int) -> str:
+    """A task's score at a share of the run: mean and standard deviation over seeds; its spread over episodes after it.
+
+    What is after the comma is the mean over seeds of the standard deviation over episodes, where a script has that.
+    """
+    rows = [np.abs(t["global_step"] - share * t["global_step"][-1]).argmin() for t in seeds.values()]
+    if not all(f"{task}/{kind}" in t.dtype.names for t in seeds.values()):
+        return "–"
+    cell = spread([t[f"{task}/{kind}"][row] for t, row in zip(seeds.values(), rows)], places)
+    episodes = [t[f"{task}/std"][row] for t, row in zip(seeds.values(), rows) if f"{task}/std" in t.dtype.names]
+    return cell + (f", {np.mean(episodes):.{places}f}" if episodes else "")
 
 
 def shares(results: Path, runs: dict[str, dict]) -> list[str]:
@@ -285,10 +330,10 @@ def shares(results: Path, runs: dict[str, dict]) -> list[str]:
 
 def main(args: Args) -> None:
     figure, results = run.FIGURES[args.figure], collect(args)
-    runs = {method: found for method in figure["methods"] if (found := tables(results, method))}
-    if not runs:
+    runs = runs_of(results, figure)
+    if not set(runs) & set(figure["methods"]):
         sys.exit(f"no finished runs of {args.figure} in {args.runs_dir}: python benchmark/run.py {args.figure}")
-    write_tidy(results, runs)
+    write_tidy(results, {method: runs[method] for method in runs if method in figure["methods"]})
     draw(results, runs, figure)
     text = summary(results, runs, figure)
     (results / "summary.md").write_text(text)

@@ -8,6 +8,7 @@ import sys
 import time
 
 import numpy as np
+import numpy.lib.recfunctions  # noqa: F401
 import pytest
 from conftest import ROOT, SCRIPTS
 
@@ -35,8 +36,11 @@ def test_every_figure_expands_to_commands_that_parse():
         elif "command" in figure:
             assert (ROOT / figure["command"].split()[1]).exists()
         else:
+            shown = set(figure["methods"])
+            if "compared_with" in figure:
+                shown |= set(run.FIGURES[figure["compared_with"]]["methods"])
             for claim in figure["expected"]:
-                assert set(claim.split(" > ")) <= set(figure["methods"]), (name, claim)
+                assert set(claim.split(" > ")) <= shown, (name, claim)
             for scale in ("laptop", "paper"):
                 assert figure[scale]["hours"]
                 for job in run.jobs_of(run.Args(name, scale=scale)):
@@ -145,13 +149,39 @@ def test_summary_by_hand(tmp_path):
     assert low < point == 9.0 < high
 
 
+def test_tables_at_shares_and_of_statistics_by_hand(tmp_path):
+    one, other = table([0, 1, 2, 3, 40]), table([0, 1, 2, 3, 60])
+    with_std = np.lib.recfunctions.append_fields(one, ["a/std", "cosine"], [[1.0] * 5, [0, 0.25, np.nan, 0.5, 0.25]],
+                                                 usemask=False)
+    figure = {"measure": "mean_return", "expected": [], "at": [0.2, 1.0], "statistics": ["cosine"]}
+    lines = report.summary(tmp_path, {"em": {1: one, 2: other}, "sp": {1: with_std}}, figure).splitlines()
+    start = lines.index("| return per task, at 20% of the run | a | b |")
+    assert lines[start + 2:start + 4] == ["| em | -2 ± 0 | 2 ± 0 |", "| sp | -2, 1 | 2 |"]
+    start = lines.index("| return per task, at the end | a | b |")
+    assert lines[start + 2:start + 4] == ["| em | 48 ± 10 | 52 ± 10 |", "| sp | 38, 1 | 42 |"]
+    assert lines[-4:-1] == ["|---|---|", "| em | – |", "| sp | 0.25 |"]
+    assert report.at_share({1: one}, "c", "return", 1.0, 0) == "–"             # not a task of that run
+
+
+def test_runs_of_another_figure_stand_beside_ones_own(tmp_path, monkeypatch):
+    monkeypatch.setitem(run.FIGURES, "other", {"methods": {"plain": "", "missing": ""}})
+    rows = "global_step,mean_return,a/return,a/success\n10,1,1,0\n"
+    for name in ("mine/new-s1.csv", "mine/plain-s9.csv", "other/plain-s2.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(rows)
+    figure = {"methods": {"new": ""}, "compared_with": "other"}
+    runs = report.runs_of(tmp_path / "mine", figure)
+    assert {method: list(seeds) for method, seeds in runs.items()} == {"new": [1], "plain": [2]}
+    assert report.place_of(tmp_path / "mine", "plain", figure) == tmp_path / "other"
+
+
 @pytest.mark.parametrize("low, word", [((1, 2, 3), "agrees"), ((8, 9, 10), "within"), ((21, 22, 23), "does not agree")])
 def test_verdicts_by_hand(low, word):
     runs = {"em": dict(enumerate(table([0, 0, 0, v]) for v in (9, 10, 11))),
             "sp": dict(enumerate(table([0, 0, 0, v]) for v in low))}
     said = report.verdict("em > sp", runs, "mean_return")
     assert f"em > sp: last quarter {word}" in said and f"difference {10 - np.mean(low):.3g}, spread 1.15" in said
-    assert f"; whole run {word}" in said and f"difference {(10 - np.mean(low)) / 4:.3g}, spread 0.289)" in said
+    assert f", ahead on {2 * (np.mean(low) < 10)} of 2 tasks; whole run {word}" in said and f"difference {(10 - np.mean(low)) / 4:.3g}, spread 0.289)" in said
 
 
 def test_a_report_is_drawn_from_real_runs_and_again_from_its_results(tiny, tmp_path, monkeypatch, capsys):
