@@ -23,7 +23,7 @@ Differences from the paper, each explained in docs/distill_a2c.md:
 
     python distill_a2c.py                                 # trains six teachers (3M steps each), then the student
     python distill_a2c.py --teachers RUN_FOLDER           # teachers of multitask_a2c.py --method scratch
-    python distill_a2c.py --method single --tasks SmallFoot --p-student 0
+    python distill_a2c.py --method single --tasks SmallFoot         # on the teacher's rollouts, as the authors' code
 """
 from __future__ import annotations
 
@@ -72,13 +72,13 @@ class Args:
     env: Literal["cheetah"] = "cheetah"
     """half-cheetahs whose body parts are smaller or larger"""
     method: Literal["distill", "single"] = "distill"
-    """one student with a head per task, or a student of one task"""
+    """one student with a head per task, or a student of one task with the authors' settings for that"""
     tasks: tuple[str, ...] = PAPER
     """body-part variants, such as SmallFoot BigHead; one, for single"""
     seed: int = 1
     """seeds every generator: networks, environments, actions"""
     total_timesteps: int | None = None
-    """environment steps of the student, summed over tasks; None: 1M per task, as in the paper"""
+    """environment steps of the student, summed over tasks; None: 1M per task, as in the paper; 5M for single"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """where the networks live; auto takes cuda if present, else cpu"""
     eval_every: int = 300_000
@@ -100,8 +100,8 @@ class Args:
     """run folders of multitask_a2c.py that have all the tasks between them; none: teachers are trained first"""
     teacher_timesteps: int | None = None
     """environment steps of A2C for teachers that are trained here, summed over tasks; None: 3M per task"""
-    p_student: float = 1.0
-    """probability that a rollout is the student's and not the teacher's, paper: p_s"""
+    p_student: float | None = None
+    """probability that a rollout is the student's and not the teacher's, paper: p_s; None: 1, or 0 for single"""
     loss: Literal["kl", "mse"] = "kl"
     """divergence of the action distributions, or squared differences of their means and deviations"""
     kl: Literal["teacher_student", "student_teacher"] = "teacher_student"
@@ -133,7 +133,9 @@ class Args:
             raise ValueError(f"--method single has one task, such as --tasks {self.tasks[0]}; got {len(self.tasks)}")
         self.teachers = tuple(map(Path, self.teachers))                # args.json holds text
         if self.total_timesteps is None:
-            self.total_timesteps = 1_000_000 * len(self.tasks)
+            self.total_timesteps = 5_000_000 if self.method == "single" else 1_000_000 * len(self.tasks)
+        if self.p_student is None:
+            self.p_student = float(self.method != "single")
         if self.teacher_timesteps is None:
             self.teacher_timesteps = 3_000_000 * len(self.tasks)
         for name in ("total_timesteps", "eval_every", "eval_episodes", "checkpoint_every", "teacher_timesteps",
@@ -362,7 +364,7 @@ class Student(nn.Module):
 # The method
 # ---------------------------------------------------------------------------------------------------------------------
 def gaussian_kl(mean_p: Tensor, log_std_p: Tensor, mean_q: Tensor, log_std_q: Tensor) -> Tensor:
-    """KL(p || q) of every dimension [nats], for the Gaussians before the tanh."""
+    """KL(p || q) of diagonal Gaussians, by dimension [nats]; squashing both by the same tanh would not change it."""
     log_ratio = 2 * (log_std_p - log_std_q)
     return 0.5 * (log_ratio.exp() + ((mean_p - mean_q) / log_std_q.exp()).square() - 1 - log_ratio)
 
@@ -404,16 +406,21 @@ def visit_states(pool: CheetahPool, actor, tasks: list[int], num_steps: int, dev
 
 
 def distill_update(args: Args, student: Student, teachers: ActorCritic, optimizer: torch.optim.Optimizer, obs: Tensor,
-                   tasks: list[int]) -> Tensor:
-    """One step of the student's heads for K tasks towards their teachers, on states (K, N, 17); the loss, (K,)."""
+                   tasks: list[int]) -> dict[str, Tensor]:
+    """One step of the student's heads for K tasks towards their teachers, on states (K, N, 17).
+
+    Returns:
+        The loss, by its name, and the mean deviation of the student's actions, (K,) each.
+    """
     with torch.no_grad():
         target = teachers(obs, tasks)[:2]                              # their filters do not move
     student.filter.update(obs, tasks)
-    loss = distillation_loss(target, student(obs, tasks), args.loss, args.kl)
+    mean, log_std = student(obs, tasks)
+    loss = distillation_loss(target, (mean, log_std), args.loss, args.kl)
     optimizer.zero_grad()                                              # to None: RMSprop skips what a task does not use
     loss.sum().backward()
     optimizer.step()
-    return loss.detach()
+    return {args.loss: loss.detach(), "sigma": log_std.detach().exp().mean((1, 2))}
 
 
 def gaussian_log_prob(actions: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
@@ -534,6 +541,12 @@ def evaluate_cheetahs(policy, names: list[str], episodes: int, seed: int, frames
     return {"returns": pool.returns, "successes": pool.returns >= GOOD_RETURN, "frames": film}
 
 
+def over_episodes(names: list[str], evaluation: dict) -> dict[str, float]:
+    """Each task's median and standard deviation over the episodes of an evaluation."""
+    return {f"{name}/{key}": float(value(returns)) for name, returns in zip(names, evaluation["returns"])
+            for key, value in (("median", np.median), ("std", np.std))}
+
+
 TABLE_2 = {"paper, distillation 1M": dict(zip(PAPER, (1348.30, -63.07, 1413.55, 838.35, 2116.94, 1323.61)))}
 
 
@@ -611,6 +624,7 @@ def train_teachers(args: Args, run: Run, state: dict, save, device: torch.device
             save_teachers()
     if run.stop_signal:
         save_teachers()
+        print(f"teachers: saved at step {step:,}; the student has not begun")
         return nets
     folder = run.dir / "teachers"
     folder.mkdir(exist_ok=True)
@@ -698,15 +712,16 @@ def train(args: Args) -> Path | None:
                                                  "success": (returns >= GOOD_RETURN).mean()})
 
             # Update: this task's head, and the trunk ----------------------------------------------------------
-            losses[task][args.loss].append(distill_update(args, student, teachers, optimizer, obs, [task])[0])
+            for name, value in distill_update(args, student, teachers, optimizer, obs, [task]).items():
+                losses[task][name].append(value[0])
 
         # Log, evaluate, save --------------------------------------------------------------------------------
         evaluate_now = crossed(previous_step, global_step, args.eval_every) or global_step >= args.total_timesteps
         if evaluate_now:
             evaluation = evaluate_cheetahs(policy, names, args.eval_episodes, args.seed)
-            columns = {f"{name}/median": np.median(returns) for name, returns in zip(names, evaluation["returns"])}
-            columns |= {f"{name}/{args.loss}": losses[task][args.loss][-1].item() for task, name in enumerate(names)}
-            check_finite(global_step, {name: losses[task][args.loss][-1] for task, name in enumerate(names)})
+            latest = {f"{name}/{args.loss}": losses[task][args.loss][-1] for task, name in enumerate(names)}
+            check_finite(global_step, latest)
+            columns = over_episodes(names, evaluation) | {key: value.item() for key, value in latest.items()}
             run.log_evaluation(global_step, evaluation, columns)
         if crossed(previous_step, global_step, LOG_EVERY) or evaluate_now:
             log_terms(run, names, losses, student, global_step)

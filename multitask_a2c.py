@@ -494,9 +494,20 @@ def evaluate_cheetahs(policy, names: list[str], episodes: int, seed: int, frames
     return {"returns": pool.returns, "successes": pool.returns >= GOOD_RETURN, "frames": film}
 
 
+def over_episodes(names: list[str], evaluation: dict) -> dict[str, float]:
+    """Each task's median and standard deviation over the episodes of an evaluation."""
+    return {f"{name}/{key}": float(value(returns)) for name, returns in zip(names, evaluation["returns"])
+            for key, value in (("median", np.median), ("std", np.std))}
+
+
 TABLE_2 = {"paper, scratch 3M": dict(zip(PAPER, (1326.30, 37.80, 1420.77, 1444.21, 2116.10, 1312.50))),
            "paper, distillation 1M": dict(zip(PAPER, (1348.30, -63.07, 1413.55, 838.35, 2116.94, 1323.61))),
            "paper, vanilla 1M": dict(zip(PAPER, (1480.89, 2188.11, 1525.09, 1874.04, 2276.11, 1428.97)))}
+TABLE_1 = {  # by source and target of fine-tuning
+    ("SmallFoot", "SmallLeg"): {"paper, fine-tuned 1M": {"SmallFoot": 1530.26, "SmallLeg": 1532.70},
+                                "paper, fine-tuned 5M": {"SmallFoot": 1500.76, "SmallLeg": 1568.66}},
+    ("SmallLeg", "SmallFoot"): {"paper, fine-tuned 1M": {"SmallFoot": 1600.31, "SmallLeg": 1498.45},
+                                "paper, fine-tuned 5M": {"SmallFoot": 1493.02, "SmallLeg": 1425.64}}}
 
 
 def load_actor_critic(folder: Path) -> tuple[ActorCritic, list[str]]:
@@ -623,8 +634,7 @@ def train(args: Args) -> Path | None:
             log_terms(run, names, losses, nets, global_step)
         if evaluate_now:
             evaluation = evaluate_cheetahs(policy, names, args.eval_episodes, args.seed)
-            run.log_evaluation(global_step, evaluation, {
-                f"{name}/median": np.median(returns) for name, returns in zip(names, evaluation["returns"])})
+            run.log_evaluation(global_step, evaluation, over_episodes(names, evaluation))
         if crossed(previous_step, global_step, LOG_EVERY) or evaluate_now:
             run.write(global_step)
         if crossed(previous_step, global_step, args.checkpoint_every):
@@ -635,7 +645,8 @@ def train(args: Args) -> Path | None:
         save()
     if not run.stop_signal:
         evaluation = evaluate_cheetahs(policy, names, args.eval_episodes, args.seed, frames=args.capture_video)
-        plot_tasks(run.dir / "tasks.png", names, evaluation["returns"], TABLE_2)
+        published = TABLE_1.get((names[-1], names[0]), {}) if args.method == "finetune" else TABLE_2
+        plot_tasks(run.dir / "tasks.png", names, evaluation["returns"], published)
         if args.capture_video:
             save_animation(run.dir / "tasks.gif", names, evaluation["frames"])
         print_table(names, evaluation)

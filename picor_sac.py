@@ -537,7 +537,7 @@ def correction_loss(kl: Tensor, shortfall: Tensor, penalty: float) -> Tensor:
 
 
 def gaussian_kl(mean_p: Tensor, log_std_p: Tensor, mean_q: Tensor, log_std_q: Tensor) -> Tensor:
-    """KL(p || q) of every dimension [nats], for the Gaussians before the tanh."""
+    """KL(p || q) of diagonal Gaussians, by dimension [nats]; squashing both by the same tanh would not change it."""
     log_ratio = 2 * (log_std_p - log_std_q)
     return 0.5 * (log_ratio.exp() + ((mean_p - mean_q) / log_std_q.exp()).square() - 1 - log_ratio)
 

@@ -95,8 +95,10 @@ def test_the_student_comes_to_do_what_the_teachers_do():
         for task in (0, 1):                                                    # sure of what they want
             teachers.policy.net.layers[2]["biases"][task].uniform_(-1, 1)
             teachers.policy.log_std[task].fill_(-1.0)
-    losses = [di.distill_update(args, student, teachers, optimizer, torch.randn(1, 80, 17) * 3 + 1, [step % 2]).item()
-              for step in range(600)]
+    updates = [di.distill_update(args, student, teachers, optimizer, torch.randn(1, 80, 17) * 3 + 1, [step % 2])
+               for step in range(600)]
+    losses = [update["kl"].item() for update in updates]
+    assert updates[-1]["sigma"].item() == pytest.approx(np.exp(-1), abs=0.1)
     assert np.mean(losses[-20:]) < 0.1 * np.mean(losses[:4])
     obs = torch.randn(2, 50, 17) * 3 + 1
     assert (student(obs, [0, 1])[0] - teachers(obs, [0, 1])[0]).abs().mean() < 0.1
@@ -121,7 +123,57 @@ def test_states_are_those_of_whoever_acts():
     assert [task for task, _ in finished] == [1] and finished[0][1].shape == (3,) and pool.steps.tolist() == [0, 1]
 
 
+def test_whoever_acts_explores(monkeypatch):
+    student, teachers, _ = actors()
+    monkeypatch.setattr(torch, "randn", torch.ones)
+    for actor in (student, teachers):
+        actor.policy.log_std[1].data.fill_(-1.0)
+        pool, taken = di.CheetahPool(["SmallFoot", "BigLeg"], 3, 0), []
+        step = pool.step
+        monkeypatch.setattr(pool, "step", lambda tasks, actions, step=step, taken=taken: taken.append(actions)
+                            or step(tasks, actions))
+        obs, _ = di.visit_states(pool, actor, [1], 1, CPU)
+        assert taken[0] == pytest.approx(actor(obs, [1])[0].detach().numpy() + np.exp(-1), abs=1e-5)
+
+
 # --- whole runs ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("script", [multitask_a2c, di])
+def test_evaluation_plays_each_task_with_its_own_head_of_the_checkpoint(script, tmp_path, monkeypatch):
+    settings = {key: value for key, value in SMALL.items() if script is di or key != "teacher_timesteps"}
+    folder = script.train(script.Args(**settings, runs_dir=tmp_path))
+    state, tables = script.load_checkpoint(folder), []
+    for head in (0, 1):
+        state["learners"][f"policy.net.layers.2.biases.{head}"][:] = 0.8 * head - 0.4
+    torch.save(state, folder / "checkpoint.pt")
+    monkeypatch.setattr(script, "print_table", lambda names, evaluation: tables.append(evaluation["returns"]))
+    script.train(script.read_args(script.Args, ["--evaluate", str(folder), "--eval-episodes", "3"]))
+    nets = di.Student(2, 8) if script is di else multitask_a2c.ActorCritic(2, 8, "parameter", "paper")
+    nets.load_state_dict(state["learners"])
+    pool = script.CheetahPool(list(SMALL["tasks"]), 3, 10_001)
+    for _ in range(50):
+        obs = torch.from_numpy(pool.observe([0, 1]))
+        with torch.no_grad():
+            actions = torch.cat([nets(obs[task:task + 1], [task])[0] for task in (0, 1)])
+        pool.step([0, 1], actions.numpy())
+    assert tables[0] == pytest.approx(pool.returns, abs=1e-3) and len(tables) == 1
+
+
+def test_constants_are_those_of_the_sister_script():
+    for name in ("PARTS", "FACTORS", "VARIANTS", "PAPER", "GOOD_RETURN", "LOG_EVERY"):
+        assert getattr(di, name) == getattr(multitask_a2c, name)
+    assert di.GOOD_RETURN == 1_000 and di.TABLE_2.items() <= multitask_a2c.TABLE_2.items()
+    source = (di.__file__, multitask_a2c.__file__)
+    assert all("HORIZON, GOOD_RETURN, LOG_EVERY = 1_000, 1_000, 20_000" in open(path).read() for path in source)
+
+
+def test_teachers_and_student_have_the_authors_rmsprop(tmp_path, monkeypatch):
+    made, rmsprop = [], torch.optim.RMSprop
+    monkeypatch.setattr(torch.optim, "RMSprop", lambda params, **settings: made.append(settings) or rmsprop(params,
+                                                                                                       **settings))
+    di.train(di.Args(**SMALL, runs_dir=tmp_path))
+    assert made == [dict(lr=7e-4, alpha=0.99, eps=1e-5)] * 2
+
+
 @pytest.mark.parametrize("settings", [dict(), dict(loss="mse"), dict(kl="student_teacher", p_student=0.0),
                                       dict(method="single", tasks=("BigLeg",))])
 def test_every_variant_runs_and_resumes_exactly(settings, tmp_path):
@@ -151,6 +203,11 @@ def test_teachers_trained_here_can_be_read_by_the_sister_script_and_its_own_be_g
     theirs = di.load_checkpoint(sister)["learners"]
     assert torch.equal(given["policy.net.layers.1.weights.0"], theirs["policy.net.layers.1.weights.1"])  # by name
     assert torch.equal(given["filter.total"][1], theirs["filter.total"][0])
+    loaded = di.load_teachers(di.Args(**SMALL | dict(tasks=("BigLeg", "SmallFoot")), teachers=(sister,)))
+    obs = torch.randn(2, 9, 17)
+    source, _ = multitask_a2c.load_actor_critic(sister)
+    for ours, other in zip(loaded(obs, [0, 1]), source(obs, [1, 0])):          # filters and all
+        torch.testing.assert_close(ours, other)
     assert not (again / "teachers").exists()
     about = json.loads((again / "args.json").read_text())
     assert about["args"]["teachers"] == [str(sister)]
@@ -211,4 +268,7 @@ def test_teachers_that_do_not_fit_together_are_refused(tmp_path):
 def test_the_papers_settings_are_the_defaults():
     args = di.Args()
     assert (args.total_timesteps, args.teacher_timesteps, args.p_student) == (6_000_000, 18_000_000, 1.0)
+    alone = di.Args(method="single", tasks=("BigLeg",))
+    assert (alone.total_timesteps, alone.teacher_timesteps, alone.p_student) == (5_000_000, 3_000_000, 0.0)
+    assert di.Args(method="single", tasks=("BigLeg",), p_student=0.5).p_student == 0.5
     assert (args.loss, args.kl, args.lr, args.num_envs, args.num_steps) == ("kl", "teacher_student", 7e-4, 16, 5)

@@ -233,9 +233,55 @@ def test_an_update_keeps_returns_with_their_states_and_bootstraps_time_limits():
             value += 0.5 * advantage ** 2 / 6
             policy -= advantage * Normal(mean, log_std.exp()).log_prob(actions[step, :, env:env + 1]).sum().item() / 6
     rollout = obs, actions, rewards, cut, final, last
+    twin = copy.deepcopy(nets)
     out = a2c.a2c_update(args, nets, torch.optim.RMSprop(nets.parameters()), rollout, [0])
     assert out["value"].item() == pytest.approx(value, rel=1e-4)
     assert out["policy"].item() == pytest.approx(policy, rel=1e-4)
+    doubled = [a2c.a2c_update(args, copy.deepcopy(twin), torch.optim.RMSprop(nets.parameters()), given, [0], scale)
+               for given, scale in (((obs, actions, 2 * rewards, *rollout[3:]), None),
+                                    (rollout, lambda rewards, truncations, tasks: 2 * rewards))]
+    assert doubled[0]["value"] == doubled[1]["value"] != out["value"]
+
+
+def test_the_update_descends_the_papers_loss():
+    args, nets = a2c.Args(**SMALL | dict(max_grad_norm=0.0)), a2c.ActorCritic(1, 8, "parameter", None)
+    obs, actions, rewards = torch.randn(1, 1, 4, 17), torch.randn(1, 1, 4, 6), torch.randn(1, 1, 4)
+    zeros, last = torch.zeros(1, 1, 4), torch.randn(1, 4)
+    probe = copy.deepcopy(nets)
+    probe.filter.update(obs[0], [0])
+    mean, log_std, values = probe(obs[0], [0])
+    normal, advantage = Normal(mean, log_std.exp()), rewards[0] + 0.99 * last - values
+    loss = (0.5 * advantage.square() - advantage.detach() * normal.log_prob(actions[0]).sum(-1)
+            - 0.01 * normal.entropy().sum(-1)).mean()
+    loss.backward()
+    before = [param.detach().clone() for param in nets.parameters()]
+    a2c.a2c_update(args, nets, torch.optim.SGD(nets.parameters(), lr=1.0), (obs, actions, rewards, zeros, zeros, last),
+                   [0])
+    for old, new, param in zip(before, nets.parameters(), probe.parameters()):
+        torch.testing.assert_close(old - new, param.grad, atol=2e-6, rtol=1e-4)
+
+
+def test_actions_are_those_of_the_filtered_policy_with_its_deviation(monkeypatch):
+    nets, pool = a2c.ActorCritic(2, 8, "parameter", None), a2c.CheetahPool(["SmallFoot", "BigLeg"], 3, 0)
+    nets.filter.update(torch.randn(2, 50, 17) * 3 + 1, [0, 1])
+    for layer, log_std in zip(nets.policy.net.layers[2]["weights"], nets.policy.log_std):
+        layer.data.normal_(), log_std.data.fill_(-1.0)
+    monkeypatch.setattr(torch, "randn", torch.ones)
+    start = torch.from_numpy(pool.observe([0, 1]))
+    (_, actions, *_), _ = a2c.collect(pool, nets, [0, 1], 1, CPU)
+    mean = nets.policy(nets.filter(start, [0, 1]), [0, 1])[0]
+    torch.testing.assert_close(actions[0], mean + np.exp(-1), atol=1e-5, rtol=1e-5)
+    assert (mean - nets.policy(start, [0, 1])[0]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("method, turns", [("vanilla", [[0], [1], [2]] * 2), ("scratch", [[0, 1, 2]] * 2)])
+def test_whose_turn_it_is(method, turns, tmp_path, monkeypatch):
+    seen, collect = [], a2c.collect
+    monkeypatch.setattr(a2c, "HORIZON", 50)
+    monkeypatch.setattr(a2c, "collect", lambda pool, nets, tasks, *a: seen.append(tasks) or collect(pool, nets, tasks,
+                                                                                                    *a))
+    a2c.train(a2c.Args(**SMALL | dict(method=method, total_timesteps=60, runs_dir=tmp_path)))
+    assert seen == turns
 
 
 def test_evaluating_more_often_changes_no_training_number_and_draws_nothing(tmp_path, monkeypatch):
@@ -311,7 +357,10 @@ def test_fine_tuning_moves_the_last_layers_only_and_watches_the_source(layers, t
     source = a2c.train(a2c.Args(**SMALL | dict(method="scratch", runs_dir=tmp_path)))
     args = a2c.Args(**SMALL | dict(method="finetune", tasks=("SmallThigh",), finetune_from=source, source_task="BigLeg",
                                    finetune_layers=layers, runs_dir=tmp_path, total_timesteps=300))
+    pools, pool = [], a2c.CheetahPool
+    monkeypatch.setattr(a2c, "CheetahPool", lambda names, *a: pools.append(names) or pool(names, *a))
     folder = a2c.train(args)
+    assert pools[0] == ["SmallThigh"] and pools[1:] == [["SmallThigh", "BigLeg"]] * 2           # training; evaluations
     old, new = (a2c.load_checkpoint(run)["learners"] for run in (source, folder))
     for name, value in new.items():
         theirs = old[name.replace("weights.0", "weights.1").replace("biases.0", "biases.1").replace("std.0", "std.1")]
