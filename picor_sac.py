@@ -83,7 +83,7 @@ PRESETS = {  # a setting left at None takes its value from here
                         learning_starts=2_000, total_timesteps=200_000, eval_every=20_000, checkpoint_every=20_000,
                         eval_episodes=5),
     "mt4": dict(horizon=200, block_steps=200, hidden_sizes=(256, 256), batch_size=256, learning_starts=1_000, lr=3e-4,
-                total_timesteps=200_000, eval_every=20_000, checkpoint_every=20_000, eval_episodes=10),
+                total_timesteps=200_000, eval_every=20_000, checkpoint_every=20_000, eval_episodes=1),
     "mt10": dict(horizon=500, block_steps=500, hidden_sizes=(512, 512), batch_size=256, learning_starts=5_000, lr=3e-4,
                  total_timesteps=5_000_000, eval_every=100_000, checkpoint_every=100_000, eval_episodes=1),
 }
@@ -199,8 +199,9 @@ class Args:
             raise ValueError(f"--c must be at most 0, as it says how much may be lost, got {self.c}")
         batches = {"picor": self.critic_batch, "mtsac": self.mtsac_batch, "independent": "active"}.get(self.method)
         if self.critic_heads and batches == "active":
-            raise ValueError("--critic-heads needs batches of all tasks, or heads would move while it is not their "
-                             "turn: --critic-batch all, or --mtsac-batch mixed")
+            raise ValueError(f"--critic-heads needs batches of all tasks, or heads would move while it is not their "
+                             f"turn, and --method {self.method} has batches of one here; use --method picor with "
+                             "--critic-batch all, or mtsac with --mtsac-batch mixed")
         if self.env.startswith("mt") and self.horizon > 500:
             raise ValueError(f"--horizon must be from 1 to 500, where Meta-World ends an episode, got {self.horizon}")
         if not 1 <= self.num_goals <= 50:
@@ -651,7 +652,8 @@ def correct(args: Args, learners: MultiTaskSAC, optimizer: torch.optim.Optimizer
         old: mean and log standard deviation in them of the policy before phase 1, (T, n, A) each.
         weights: (T,).
     Returns:
-        advantage of each task and hinge at the start, KL and steps at the end; gradients reach the policy only.
+        advantage of each task and hinge at the start; steps, and KL from where phase 1 left the policy, at the end.
+        Gradients reach the policy only.
     """
     alpha = torch.zeros_like(learners.log_alpha) if args.hard_advantage else learners.log_alpha.detach().exp()
     alpha, noise = alpha[:, None], torch.randn_like(old[0])            # common random numbers
@@ -663,7 +665,7 @@ def correct(args: Args, learners: MultiTaskSAC, optimizer: torch.optim.Optimizer
         anchor = learners.actor(obs)                                   # pi', where phase 1 left the policy
         advantages = soft_advantage(soft_value(*critics, obs, *anchor, noise, alpha), old_value, spread)
         first = hinge(advantages, weights, args.c, args.gamma)
-    kl, steps, shortfall = torch.zeros(()), 0, first
+    steps, shortfall = 0, first
     while shortfall > 0 and steps < args.correction_steps:             # at pi' itself the KL and its gradient are 0
         mean, log_std = learners.actor(obs)
         kl = gaussian_kl(mean, log_std, *anchor).sum(-1).mean()
@@ -676,7 +678,9 @@ def correct(args: Args, learners: MultiTaskSAC, optimizer: torch.optim.Optimizer
         optimizer.step()
         steps += 1
     learners.qf1.requires_grad_(True), learners.qf2.requires_grad_(True)
-    return {"advantage": advantages, "hinge": first, "kl": kl.detach(), "steps": torch.tensor(float(steps))}
+    with torch.no_grad():
+        kl = gaussian_kl(*learners.actor(obs), *anchor).sum(-1).mean() if steps else torch.zeros(())
+    return {"advantage": advantages, "hinge": first, "kl": kl, "steps": torch.tensor(float(steps))}
 
 
 def move_targets(learners: MultiTaskSAC, tau: float) -> None:
@@ -887,7 +891,7 @@ def train(args: Args) -> Path | None:
         if global_step > fill:
             alpha = torch.cat([each.log_alpha.detach().exp() for each in learners])
             weights = torch.full_like(alpha, 1 / num_tasks)
-            if args.adaptive_weights and updates.min() >= args.weight_warmup:
+            if args.method == "picor" and args.adaptive_weights and updates.min() >= args.weight_warmup:
                 weights = task_weights(alpha, args.weight_tau)
             found = picor_update(args, learner, optimizers[task if alone else 0], buffer, task, weights, rng)
             updates[task] += 1
@@ -939,10 +943,12 @@ def plot_weights(folder: Path, names: list[str]) -> None:
         left.plot(table["global_step"], table[f"{name}/weight"], label=name)
     left.set(xlabel="environment steps, summed over tasks", ylabel="weight of the task", ylim=(0, 1))
     left.legend(frameon=False, fontsize=8)
-    right.plot(table["global_step"], table["corrected"], label="share of updates with a correction")
-    right.plot(table["global_step"], table["kl"], label="KL of the correction [nats]")
-    right.set(xlabel="environment steps, summed over tasks")
-    right.legend(frameon=False, fontsize=8)
+    right.plot(table["global_step"], table["corrected"])
+    right.set(xlabel="environment steps, summed over tasks", ylabel="share of updates with a correction", ylim=(0, 1))
+    if np.nanmax(table["kl"], initial=0) > 0:
+        kl = right.twinx()
+        kl.semilogy(table["global_step"], table["kl"], color="C1", linestyle="--")
+        kl.set_ylabel("KL from phase 1's policy [nats], dashed")
     figure.savefig(folder / "weights.png", dpi=120)
 
 

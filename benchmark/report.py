@@ -296,8 +296,10 @@ def summary(results: Path, runs: dict[str, dict], figure: dict) -> str:
         known = json.loads((results / "runs.json").read_text())
         hours = [about["hours"] for about in known.values()]
         versions = next(iter(known.values()))["versions"]
-        lines += ["", f"{len(known)} runs of {min(hours):.1f} to {max(hours):.1f} hours each, one thread, torch "
-                      f"{versions['torch']}; their commands are in `benchmark/results/{results.name}/runs.json`."]
+        runs_of_hours = (f"One run of {hours[0]:.1f} hours" if len(hours) == 1 else
+                         f"{len(hours)} runs of {min(hours):.1f} to {max(hours):.1f} hours each")
+        lines += ["", f"{runs_of_hours}, one thread, torch {versions['torch']}; commands: "
+                      f"`benchmark/results/{results.name}/runs.json`."]
     return "\n".join(lines) + "\n"
 
 

@@ -167,8 +167,11 @@ def test_the_correction_gets_the_policy_before_phase_one_and_its_own_optimizer(m
     monkeypatch.setattr(pi, "critic_phase", lambda *a: seen.update(alpha=a[3]) or critic(*a))
     monkeypatch.setattr(pi, "actor_loss", lambda *a: seen.update(policy=a[2]) or policy(*a))
     monkeypatch.setattr(pi, "correct", lambda *a: seen.update(call=a) or {})
-    update(args, learners, optimizers, buffer, task=1)
-    _, _, optimizer, states, old, _ = seen["call"]
+    monkeypatch.setattr(pi, "policy_phase", lambda *a, phase=pi.policy_phase: seen.update(obs=a[2]) or phase(*a))
+    update(args, learners, optimizers, buffer, task=1, weights=torch.tensor([0.2, 0.5, 0.3]))
+    assert torch.isin(seen["obs"][0], buffer.data[1, :, :5]).all()             # phase 1 is on the active task
+    _, _, optimizer, states, old, weights = seen["call"]
+    assert weights.tolist() == pytest.approx([0.2, 0.5, 0.3])
     assert optimizer is optimizers["correction"] is not optimizers["actor"]
     torch.testing.assert_close(torch.stack(old), torch.stack(before(states)))
     assert not torch.allclose(old[0], learners.actor(states)[0], atol=1e-4)
@@ -181,9 +184,10 @@ def test_the_correction_gets_the_policy_before_phase_one_and_its_own_optimizer(m
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("adv_norm", [False, True])
 def test_two_steps_of_the_correction_by_hand(hard, adv_norm, monkeypatch):
-    args, learners, optimizers, buffer = parts(c=0.0, correction_steps=2, penalty=50.0, hard_advantage=hard,
+    args, learners, optimizers, buffer = parts(c=-0.1, correction_steps=2, penalty=50.0, hard_advantage=hard,
                                                adv_norm=adv_norm)
-    monkeypatch.setattr(pi, "q_spread", lambda *a: torch.tensor([0.5, 2.0, 3.0]))
+    measured = []
+    monkeypatch.setattr(pi, "q_spread", lambda *a: measured.append(a) or torch.tensor([0.5, 2.0, 3.0]))
     optimizer = torch.optim.SGD(learners.actor.parameters(), lr=1e-3)
     states = buffer.sample(np.random.default_rng(0), [0, 1, 2], 8)[0]
     with torch.no_grad():
@@ -214,14 +218,19 @@ def test_two_steps_of_the_correction_by_hand(hard, adv_norm, monkeypatch):
         mean, log_std = twin.actor(states)
         p, q = (torch.distributions.Normal(m, s.exp()) for m, s in ((mean, log_std), anchor))
         kl = torch.distributions.kl_divergence(p, q).sum(-1).mean()
-        gap = (-(weights * (value(mean, log_std) - base).mean(1) / spread).sum()).clamp(min=0)
+        gap = (-0.001 - (weights * (value(mean, log_std) - base).mean(1) / spread).sum()).clamp(min=0)
         grads = torch.autograd.grad(kl + 25.0 * gap ** 2, list(twin.actor.parameters()))
         with torch.no_grad():
             for param, grad in zip(twin.actor.parameters(), grads):
                 param -= 1e-3 * grad
     torch.manual_seed(5)
     found = pi.correct(args, learners, optimizer, states, old, weights)
-    assert found["hinge"] > 0 and found["steps"] == 2 and found["kl"] > 0
+    assert found["hinge"] > 0 and found["steps"] == 2 and gap > 0
+    ends = zip(twin.actor(states), anchor, strict=True)
+    (mean, anchor_mean), (log_std, anchor_log_std) = ends
+    expected = kl_divergence(Normal(mean, log_std.exp()), Normal(anchor_mean, anchor_log_std.exp())).sum(-1).mean()
+    torch.testing.assert_close(found["kl"], expected.detach(), atol=1e-6, rtol=1e-4)
+    assert len(measured) == adv_norm and all(a[2] is states and a[3] is old[0] and a[4] is old[1] for a in measured)
     for one, other in zip(learners.actor.parameters(), twin.actor.parameters()):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
@@ -255,6 +264,8 @@ def test_the_spread_of_q_is_that_of_its_actions():
     torch.manual_seed(0)
     spread = pi.q_spread(critic, critic, obs, mean, log_std)
     assert spread.tolist() == pytest.approx([math.exp(-2) * 0.91, 10 * math.exp(-2) * 0.91], rel=0.1)  # of 4 draws
+    steep, flat = Likes([5.0, 5.0]), lambda obs, actions: 5 * actions[..., 0].clamp(max=-1)             # always less
+    assert pi.q_spread(steep, flat, obs, mean, log_std).max() <= 1e-6          # of the smaller twin, a constant here
 
 
 # --- updates ---------------------------------------------------------------------------------------------------------
@@ -312,12 +323,61 @@ def test_weights_without_correction_scale_the_policys_loss(monkeypatch):
     assert scales == [pytest.approx(2.1), 1.0]
 
 
+def test_the_scale_multiplies_the_policys_gradient():
+    moves = []
+    for scale in (1.0, 3.0):
+        _, learners, optimizers, buffer = parts()
+        before, optimizers["actor"] = copy_of(learners.actor), torch.optim.SGD(learners.actor.parameters(), lr=1.0)
+        torch.manual_seed(0)
+        pi.policy_phase(learners, optimizers, buffer.sample(np.random.default_rng(0), [1], 8)[0], [1], scale)
+        moves.append(torch.cat([(value - before[name]).flatten() for name, value in copy_of(learners.actor).items()]))
+    torch.testing.assert_close(moves[1], 3 * moves[0], atol=1e-5, rtol=1e-4)
+
+
+def test_with_heads_phase_one_asks_the_active_tasks_critic_and_moves_all_targets():
+    gradients = []
+    for sign in (1, -1):                                                       # turn the other tasks' heads round
+        _, learners, optimizers, buffer = parts(critic_heads=True)
+        for qf in (learners.qf1, learners.qf2):
+            qf.net.weights[-1].data[:2] *= sign
+        torch.manual_seed(0)
+        pi.policy_phase(learners, optimizers, buffer.sample(np.random.default_rng(0), [2], 8)[0], [2])
+        gradients.append(torch.cat([param.grad.flatten() for param in learners.actor.parameters()]))
+    assert torch.equal(*gradients) and gradients[0].abs().max() > 0
+    before = copy_of(learners)
+    for param in [*learners.qf1.parameters(), *learners.qf2.parameters()]:
+        param.data += 1
+    pi.move_targets(learners, 0.5)
+    after = copy_of(learners)
+    assert all(not torch.equal(after[name], before[name]) for name in after if "target" in name)
+
+
+def test_acting_asks_the_active_tasks_head(tmp_path, monkeypatch):
+    """One head pushes to one side with all its force; its task is the only one that goes there."""
+    make = pi.make_picor_learners
+
+    def biased(*a):
+        learners = make(*a)
+        with torch.no_grad():
+            learners[0].actor.net.weights[-1].zero_()
+            learners[0].actor.net.biases[-1][:, 0, 2:] = -5.0                  # next to no noise
+            learners[0].actor.net.biases[-1][2, 0, :2] = 5.0
+        return learners
+    monkeypatch.setattr(pi, "make_picor_learners", biased)
+    monkeypatch.setattr(pi, "picor_update", lambda *a: {})
+    state = pi.load_checkpoint(pi.train(small(method="mtmhsac", runs_dir=tmp_path, task_order="cycle")))
+    pushed = [rows[25:, 6:8].mean().item() > 0.9 for rows in state["buffer"]]
+    assert pushed == [False, False, True, False]
+
+
 def test_heads_are_each_tasks_own():
     _, learners, _, _ = parts(critic_heads=True)
     assert [len(weight) for weight in learners.qf1.net.weights] == [1, 1, 3]
     x, a = torch.randn(3, 4, 5), torch.randn(3, 4, 2)
     torch.testing.assert_close(pi.of_tasks(learners.qf1, [2])(x[2:], a[2:]), learners.qf1(x, a)[2:])
-    assert [len(weight) for weight in parts(method="mtmhsac")[1].actor.net.weights] == [1, 1, 3]
+    multihead = parts(method="mtmhsac")[1]
+    for net in (multihead.actor, multihead.qf1, multihead.qf2_target):
+        assert [len(weight) for weight in net.net.weights] == [1, 1, 3]
     assert len(pi.make_picor_learners(small(method="independent"), 3, 5, 2)) == 3
 
 
@@ -434,6 +494,25 @@ def test_weights_stay_equal_until_every_task_has_had_its_updates(tmp_path):
         assert sum(weights) == pytest.approx(1, abs=1e-4) and (weights == [0.25] * 4) == equal
 
 
+@pytest.mark.parametrize("method, adaptive", [("picor", True), ("picor", False), ("mtsac", True)])
+def test_weights_follow_the_temperatures_once_every_task_is_trained(method, adaptive, tmp_path, monkeypatch):
+    seen, update = [], pi.picor_update
+
+    def listening(args, learners, optimizers, buffer, task, weights, rng):
+        alpha = learners.log_alpha.detach().exp()
+        seen.append((task, weights, torch.softmax(alpha / 0.05, 0)))
+        return update(args, learners, optimizers, buffer, task, weights, rng)
+    monkeypatch.setattr(pi, "picor_update", listening)
+    pi.train(small(method=method, adaptive_weights=adaptive, runs_dir=tmp_path, weight_warmup=30, weight_tau=0.05,
+                   task_order="cycle", lr=0.01))
+    equal = [bool((weights == 0.25).all()) for _, weights, _ in seen]
+    if method == "picor" and adaptive:
+        assert equal == [True] * 120 + [False] * 180                           # four blocks of 30
+        assert all(torch.allclose(weights, expected) for _, weights, expected in seen[120:])
+    else:
+        assert all(equal) and len(seen) == 300
+
+
 def test_truncation_is_stored_as_no_end(tmp_path):
     folder = pi.train(small(runs_dir=tmp_path, horizon=7))
     for rows in pi.load_checkpoint(folder)["buffer"]:
@@ -453,15 +532,15 @@ def test_presets(env, expected):
 
 # --- learning --------------------------------------------------------------------------------------------------------
 def test_four_goals_are_learnt_faster_with_correction(tmp_path):
-    """The toy, in blocks of one task each, after 1,000 steps of learning; nothing learnt is -75."""
+    """The toy after a block of 500 steps of each task; nothing learnt is -75. Margins from what three seeds showed."""
     arms = {"picor": {}, "cor-only": dict(adaptive_weights=False), "ada-only": dict(correction=False),
             "neither": dict(correction=False, adaptive_weights=False), "mtsac": dict(method="mtsac"),
             "as-published": dict(critic_batch="active")}
     reached = {}
     for name, settings in arms.items():
-        args = pi.Args(env="goals", task_order="cycle", total_timesteps=3_000, eval_every=3_000,
+        args = pi.Args(env="goals", task_order="cycle", total_timesteps=4_000, eval_every=4_000,
                        runs_dir=tmp_path / name, **settings)
         header, row = ((pi.train(args)) / "metrics.csv").read_text().splitlines()
         reached[name] = float(row.split(",")[header.split(",").index("mean_return")])
-    assert min(reached["picor"], reached["cor-only"]) > max(reached["ada-only"], reached["neither"]) + 12      # 24 seen
-    assert reached["picor"] > reached["as-published"] + 8 and reached["mtsac"] > reached["neither"] + 15   # 17, 31 seen
+    assert min(reached["picor"], reached["cor-only"]) > max(reached["ada-only"], reached["neither"]) + 10      # 21 seen
+    assert reached["picor"] > reached["as-published"] + 12 and reached["mtsac"] > reached["neither"] + 15  # 28, 32 seen
