@@ -2,10 +2,10 @@
 
 Reads the finished runs that benchmark/run.py has made into benchmark/results/FIGURE/: the metrics.csv of each, what its
 training episodes achieved, the pictures of seed 1, and in runs.json command, versions and hours. From these it makes
-tidy.csv (a row per run, evaluation and task), curves.png and summary.md: means and standard deviations over seeds, the
-interquartile mean with a stratified bootstrap interval (rliable), and a verdict for each ordering that the paper
-claims. The summary also goes to the script's page in docs/, between <!-- FIGURE --> and <!-- /FIGURE -->. Without runs
-it does all that with what benchmark/results/ holds.
+tidy.csv (a row per run, evaluation and task), curves.png, tasks.png and summary.md: means and standard deviations over
+seeds, the interquartile mean with a stratified bootstrap interval (rliable), and a verdict for each ordering that the
+paper claims. The summary also goes to the script's page in docs/, between <!-- FIGURE --> and <!-- /FIGURE -->. Without
+runs it does all that with what benchmark/results/ holds.
 """
 from __future__ import annotations
 
@@ -218,6 +218,46 @@ def draw(results: Path, runs: dict[str, dict], figure: dict) -> None:
                      [name.split("/")[0] for name in own])
 
 
+def draw_tasks(results: Path, runs: dict[str, dict], figure: dict) -> None:
+    """tasks.png: a panel per task with each method's curve, mean and standard deviation over seeds.
+
+    Curves are of evaluations, or of training episodes where the figure's `curves` says so, as its paper has them.
+    """
+    training = figure.get("curves") == "training"
+    tasks = list(dict.fromkeys(task for seeds in runs.values() for t in seeds.values() for task in tasks_of(t)))
+    kinds = list(dict.fromkeys((kind_of(figure), figure.get("progress", kind_of(figure)))))
+    columns = len(tasks) if len(tasks) <= 5 else min(5, -(-len(tasks) // 2))
+    rows = -(-len(tasks) // columns)
+    picture = Figure(figsize=(3.2 * columns, 2.6 * rows * len(kinds)), layout="constrained")
+    grid = picture.subplots(rows * len(kinds), columns, sharex=True, squeeze=False)
+    for axis in grid.flat:
+        axis.axis("off")
+    for k, kind in enumerate(kinds):
+        for i, task in enumerate(tasks):
+            axis = grid[k * rows + i // columns, i % columns]
+            axis.axis("on")
+            for colour, (method, seeds) in enumerate(runs.items()):
+                if training:
+                    seeds = tables(place_of(results, method, figure), method, "-training")
+                key = task if training else f"{task}/{kind}"
+                known = [t for t in seeds.values() if key in t.dtype.names]
+                if known:
+                    length = min(map(len, known))
+                    values = np.array([t[key][:length] for t in known])
+                    steps, mean, deviation = known[0]["global_step"][:length], values.mean(0), values.std(0)
+                    axis.plot(steps, mean, color=f"C{colour}", label=f"{method} ({len(known)})")
+                    axis.fill_between(steps, mean - deviation, mean + deviation, color=f"C{colour}", alpha=0.15)
+            axis.set(title=task, ylabel=f"{'training ' * training}{kind}" if i % columns == 0 else "")
+            if kind == "success":
+                axis.set_ylim(-0.03, 1.03)
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axis.tick_params(labelbottom=True)
+    picture.supxlabel("environment steps, summed over tasks", fontsize=10)
+    picture.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False,
+                   title="method (seeds)")
+    picture.savefig(results / "tasks.png", dpi=100)
+
+
 def spread(values: list[float], digits: int) -> str:
     return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values):.{digits}f}" if len(values) > 1 else "")
 
@@ -337,6 +377,7 @@ def main(args: Args) -> None:
         sys.exit(f"no finished runs of {args.figure} in {args.runs_dir}: python benchmark/run.py {args.figure}")
     write_tidy(results, {method: runs[method] for method in runs if method in figure["methods"]})
     draw(results, runs, figure)
+    draw_tasks(results, runs, figure)
     text = summary(results, runs, figure)
     (results / "summary.md").write_text(text)
     page = run.ROOT / "docs" / figure["script"].replace(".py", ".md")
@@ -344,7 +385,8 @@ def main(args: Args) -> None:
     words = page.read_text()
     if begin in words:
         head, rest = words.split(begin)
-        page.write_text(f"{head}{begin}\n{text}\n![curves](../benchmark/results/{args.figure}/curves.png)\n{end}"
+        page.write_text(f"{head}{begin}\n{text}\n![curves](../benchmark/results/{args.figure}/curves.png)\n"
+                        f"![tasks](../benchmark/results/{args.figure}/tasks.png)\n{end}"
                         + rest.split(end)[1])
     print(text)
 

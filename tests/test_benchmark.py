@@ -196,7 +196,8 @@ def test_a_report_is_drawn_from_real_runs_and_again_from_its_results(tiny, tmp_p
     report.main(report.Args("tiny", runs_dir=tmp_path / "runs"))
     folder, page = tmp_path / "results" / "tiny", (tmp_path / "docs" / "tabular_em.md").read_text()
     names = {path.name for path in folder.iterdir()}
-    assert names >= {"em-s1.csv", "sp-s2.csv", "em-s1-assignment.png", "tidy.csv", "curves.png", "summary.md"}
+    assert names >= {"em-s1.csv", "sp-s2.csv", "em-s1-assignment.png", "tidy.csv", "curves.png", "tasks.png",
+                     "summary.md"}
     assert "em-s2-assignment.png" not in names and "old" not in page and "em > sp: not enough runs" in page
     assert page.startswith("before") and page.endswith("after\n") and "4 runs of" in page
     about = json.loads((folder / "runs.json").read_text())["em-s1"]
