@@ -568,18 +568,12 @@ def test_columns_of_a_scripted_e_step(probes, tmp_path, monkeypatch):
         return {"returns": returns, "successes": np.ones_like(returns), "steps": returns.size, "frames": []}
     monkeypatch.setattr(em, "play", scripted)
     folder = em.train(small("random-clusters", runs_dir=tmp_path, eval_episodes=3))
-    tables, state = [table()], em.load_checkpoint(folder)
-    other = 1 - state["assignment"]                                            # not what the seed gives
-    for spoilt, assignment in ((None, state["assignment"]), (None, other), (0, other), (1, other)):
-        changed = {name: value.clone() for name, value in state["learners"].items()}
-        if spoilt is not None:
-            changed["actor.biases.2"][spoilt] += 50                            # full torque to one side
-        torch.save(state | {"learners": changed, "assignment": assignment}, folder / "checkpoint.pt")
-        em.train(em.read_args(em.Args, ["--evaluate", str(folder)]))
-        tables.append(table())
-    assert tables[0] == tables[1] != tables[2] and len(tables[0]) == 7
-    for spoilt, spoilt_table in enumerate(tables[3:]):
-        assert [a != b for a, b in zip(spoilt_table, tables[2])] == (other == spoilt).tolist()
+    owners = np.array([column(folder, f"{name}/policy")[-1] for name in em.TASKS["pendulum"]], int)
+    mine = table[range(7), owners] + 1
+    assert column(folder, "max_return")[-1] == pytest.approx(table.max(1).mean() + 1, abs=1e-4)
+    assert column(folder, "mean_return")[-1] == pytest.approx(mine.mean(), abs=1e-4)
+    assert em.load_checkpoint(folder)["history"][-1][2].numpy() == pytest.approx(mine)
+    assert (folder / "assignment.png").exists() and not np.allclose(mine, table.max(1) + 1)
 
 
 def test_rows_more_often_change_no_training_number(tmp_path, monkeypatch):
@@ -619,17 +613,17 @@ def test_evaluate_plays_the_stored_policies_in_the_stored_assignment(tmp_path, m
         return [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("length")]
     folder = em.train(small("random-clusters", runs_dir=tmp_path, eval_episodes=3))
     tables, state = [table()], em.load_checkpoint(folder)
-    for spoilt in (None, 0, 1):
+    other = 1 - state["assignment"]                                            # not what the seed gives
+    for spoilt, assignment in ((None, state["assignment"]), (None, other), (0, other), (1, other)):
         changed = {name: value.clone() for name, value in state["learners"].items()}
         if spoilt is not None:
             changed["actor.biases.2"][spoilt] += 50                            # full torque to one side
-        torch.save(state | {"learners": changed}, folder / "checkpoint.pt")
+        torch.save(state | {"learners": changed, "assignment": assignment}, folder / "checkpoint.pt")
         em.train(em.read_args(em.Args, ["--evaluate", str(folder)]))
         tables.append(table())
-    assert tables[0] == tables[1] and len(tables[0]) == 7
-    assert state["assignment"].tolist() != [0, 1, 0, 1, 0, 1, 0]               # as if nothing had been stored
-    for spoilt, spoilt_table in enumerate(tables[2:]):
-        assert [a != b for a, b in zip(spoilt_table, tables[1])] == (state["assignment"] == spoilt).tolist()
+    assert tables[0] == tables[1] != tables[2] and len(tables[0]) == 7
+    for spoilt, spoilt_table in enumerate(tables[3:]):
+        assert [a != b for a, b in zip(spoilt_table, tables[2])] == (other == spoilt).tolist()
 
 
 @pytest.mark.parametrize("method", ["multihead", "surgery"])
