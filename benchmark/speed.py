@@ -270,6 +270,8 @@ def dgrad_arch_sac() -> None:
         line(f"{env}: update of sac", f"{times['sac']:.1f} ms")
         for method in ("dgrad-a", "film"):
             line(f"of {method}", f"{times[method]:.1f} ms: {times[method] / times['sac']:.2f} x")
+    whole_run("dgrad_arch_sac", ["--total-timesteps", "12000", "--learning-starts", "500", "--eval-every", "12000",
+                                 "--eval-episodes", "1"], "mt4, dgrad-a, 12,000 steps")
 
 
 # --- multitask_a2c, distill_a2c --------------------------------------------------------------------------------------
