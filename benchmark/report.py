@@ -275,24 +275,31 @@ def interval(scores: np.ndarray, digits: int) -> str:
 def compared(high: list[float], low: list[float]) -> str:
     """In words, whether one sample of runs is above another by more than both spread."""
     gap, noise = np.mean(high) - np.mean(low), np.hypot(np.std(high), np.std(low))
-    word = "within the spread of seeds" if abs(gap) < noise else "agrees" if gap > 0 else "does not agree"
+    word = "within the spread of seeds" if abs(gap) <= noise else "agrees" if gap > 0 else "does not agree"
     return f"{word} (difference {gap:.3g}, spread {noise:.3g})"
 
 
-def verdict(claim: str, runs: dict[str, dict], measure: str) -> str:
-    """Whether runs agree with an ordering such as "em > sp": at their end, and in the mean over their whole length."""
+def verdict(claim: str, runs: dict[str, dict], measure: str, progress: str | None = None) -> str:
+    """Whether runs agree with an ordering such as "em > sp": at their end, and in the mean over their whole length.
+
+    With `progress` it is judged by the mean over tasks of that column in place of the measure.
+    """
     better, worse = claim.split(" > ")
     if min(len(runs.get(name, ())) for name in (better, worse)) < 3:
         return f"* {claim}: not enough runs (three seeds of both are needed)"
-    ends = [[late(table, measure) for table in runs[name].values()] for name in (better, worse)]
-    wholes = [[table[measure].mean() for table in runs[name].values()] for name in (better, worse)]
-    tasks, kind = tasks_of(next(iter(runs[better].values()))), measure.removeprefix("mean_")
+    tasks, kind = tasks_of(next(iter(runs[better].values()))), progress or measure.removeprefix("mean_")
+    columns = [f"{task}/{progress}" for task in tasks] if progress else [measure]
+    ends = [[np.mean([late(table, key) for key in columns]) for table in runs[name].values()]
+            for name in (better, worse)]
+    wholes = [[np.mean([table[key].mean() for key in columns]) for table in runs[name].values()]
+              for name in (better, worse)]
     ahead = ""
-    if len(tasks) > 1 and kind in ("return", "success"):
+    if len(tasks) > 1 and kind in ("return", "success", progress):
         means = [[np.mean([late(table, f"{task}/{kind}") for table in runs[name].values()]) for task in tasks]
                  for name in (better, worse)]
         ahead = f", ahead on {sum(map(np.greater, *means))} of {len(tasks)} tasks"
-    return f"* {claim}: last quarter {compared(*ends)}{ahead}; whole run {compared(*wholes)}"
+    return (f"* {claim}{f', in {progress}' if progress else ''}: last quarter {compared(*ends)}{ahead}; "
+            f"whole run {compared(*wholes)}")
 
 
 def summary(results: Path, runs: dict[str, dict], figure: dict) -> str:
@@ -331,7 +338,8 @@ def summary(results: Path, runs: dict[str, dict], figure: dict) -> str:
                      if any(name in t.dtype.names for t in seeds.values()) else "–" for name in figure["statistics"]]
             lines.append(f"| {method} | {' | '.join(cells)} |")
     lines += shares(results, runs)
-    lines += ["", *(verdict(claim, runs, measure) for claim in figure["expected"])]
+    judged_by = dict.fromkeys((None, figure.get("progress")))
+    lines += ["", *(verdict(claim, runs, measure, by) for by in judged_by for claim in figure["expected"])]
     if (results / "runs.json").exists():
         known = json.loads((results / "runs.json").read_text())
         hours = [about["hours"] for about in known.values()]

@@ -149,6 +149,15 @@ def test_summary_by_hand(tmp_path):
     assert low < point == 9.0 < high
 
 
+def test_a_verdict_by_progress():
+    runs = {name: {seed: np.lib.recfunctions.append_fields(
+        table([0] * 4), ["a/stages", "b/stages"], [[level + seed / 10] * 4, [level] * 4], usemask=False)
+        for seed in (1, 2, 3)} for name, level in (("em", 2.0), ("sp", 1.0))}
+    said = report.verdict("em > sp", runs, "mean_return", "stages")
+    assert said.startswith("* em > sp, in stages: last quarter agrees (difference 1, spread 0.0577), ahead on 2 of 2")
+    assert "within" in report.verdict("em > sp", runs, "mean_return")
+
+
 def test_tables_at_shares_and_of_statistics_by_hand(tmp_path):
     one, other = table([0, 1, 2, 3, 40]), table([0, 1, 2, 3, 60])
     with_std = np.lib.recfunctions.append_fields(one, ["a/std", "cosine"], [[1.0] * 5, [0, 0.25, np.nan, 0.5, 0.25]],
