@@ -119,7 +119,8 @@ def runs_of(results: Path, figure: dict) -> dict[str, dict]:
     own = {method: tables(results, method) for method in figure["methods"]}
     if "compared_with" in figure:
         other = figure["compared_with"]
-        own |= {method: tables(results.parent / other, method) for method in run.FIGURES[other]["methods"]}
+        own |= {method: tables(results.parent / other, method)
+                for method in figure.get("compared_methods", run.FIGURES[other]["methods"])}
     return {method: found for method, found in own.items() if found}
 
 
@@ -188,16 +189,16 @@ def draw(results: Path, runs: dict[str, dict], figure: dict) -> None:
     picture = Figure(figsize=(5.2 * (len(shown) + bool(own)), 4.2), layout="constrained")
     axes = picture.subplots(1, len(shown) + bool(own), squeeze=False)[0]
     for axis, (shows, methods) in zip(axes, shown):
-        for label, curves in methods.items():
+        for k, (label, curves) in enumerate(methods.items()):
             rows = min(len(steps) for steps, _ in curves)
             values = np.array([value[:rows] for _, value in curves])
-            axis.plot(curves[0][0][:rows], values.mean(0),
+            axis.plot(curves[0][0][:rows], values.mean(0), "-" if k < 10 else "--",
                       label=f"{label} ({len(curves)} {'seed' if len(curves) == 1 else 'seeds'})")
             axis.fill_between(curves[0][0][:rows], values.mean(0) - values.std(0), values.mean(0) + values.std(0),
                               alpha=0.2)
         axis.set(xlabel="environment steps", ylabel=shows)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes[0].legend(frameon=False)
+    axes[0].legend(frameon=False, fontsize=None if len(runs) < 8 else 7)
     picture.suptitle(figure["title"])
     if own:
         for name in own:
@@ -245,7 +246,8 @@ def draw_tasks(results: Path, runs: dict[str, dict], figure: dict) -> None:
                     length = min(map(len, known))
                     values = np.array([t[key][:length] for t in known])
                     steps, mean, deviation = known[0]["global_step"][:length], values.mean(0), values.std(0)
-                    axis.plot(steps, mean, color=f"C{colour}", label=f"{method} ({len(known)})")
+                    axis.plot(steps, mean, "-" if colour < 10 else "--", color=f"C{colour}",
+                              label=f"{method} ({len(known)})")
                     axis.fill_between(steps, mean - deviation, mean + deviation, color=f"C{colour}", alpha=0.15)
             axis.set(title=task, ylabel=f"{'training ' * training}{kind}" if i % columns == 0 else "")
             if kind == "success":
@@ -345,6 +347,7 @@ def summary(results: Path, runs: dict[str, dict], figure: dict) -> str:
         hours = [about["hours"] for about in known.values()]
         versions = next(iter(known.values()))["versions"]
         runs_of_hours = (f"One run of {hours[0]:.1f} hours" if len(hours) == 1 else
+                         f"{len(hours)} runs of at most {60 * max(hours):.0f} min each" if max(hours) < 0.1 else
                          f"{len(hours)} runs of {min(hours):.1f} to {max(hours):.1f} hours each")
         lines += ["", f"{runs_of_hours}, one thread, torch {versions['torch']}; commands: "
                       f"`benchmark/results/{results.name}/runs.json`."]
