@@ -372,6 +372,17 @@ def test_fine_tuning_moves_the_last_layers_only_and_watches_the_source(layers, t
     assert rows_of(folder)[-1][0] == "600" and "BigLeg/return" in rows_of(folder)[0]
 
 
+def test_fine_tuning_is_drawn_beside_table_1(tmp_path, monkeypatch):
+    monkeypatch.setattr(a2c, "HORIZON", 50)
+    drawn, plot = [], a2c.plot_tasks
+    monkeypatch.setattr(a2c, "plot_tasks", lambda *a: drawn.append(a[3]) or plot(*a))
+    source = a2c.train(a2c.Args(**SMALL | dict(tasks=("SmallFoot",), method="scratch", runs_dir=tmp_path)))
+    for target in ("SmallLeg", "BigLeg"):
+        a2c.train(a2c.Args(**SMALL | dict(method="finetune", tasks=(target,), finetune_from=source, runs_dir=tmp_path)))
+    assert drawn[0] is a2c.TABLE_2 and drawn[2] == {}                          # the paper has no such pair
+    assert drawn[1]["paper, fine-tuned 5M"] == {"SmallFoot": 1500.76, "SmallLeg": 1568.66}
+
+
 def test_the_papers_settings_are_the_defaults():
     args = a2c.Args()
     assert args.tasks == ("SmallFoot", "BigFoot", "SmallLeg", "SmallThigh", "SmallTorso", "BigTorso")
