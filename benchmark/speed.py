@@ -279,6 +279,7 @@ def multitask_a2c() -> None:
     import gymnasium as gym
     from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 
+    import distill_a2c
     import multitask_a2c as a2c
     args, cpu, tasks = a2c.Args(), torch.device("cpu"), list(range(6))
     pool, rng = a2c.CheetahPool(list(args.tasks), 16, 0), np.random.default_rng(0)
@@ -292,27 +293,48 @@ def multitask_a2c() -> None:
     shared = a2c.ActorCritic(6, 64, "parameter", "paper")
     shared_optimizer = torch.optim.RMSprop(shared.parameters(), lr=7e-4, alpha=0.99, eps=1e-5)
 
+    student = distill_a2c.Student(6, 64)
+    student_optimizer = torch.optim.RMSprop(student.parameters(), lr=7e-4, alpha=0.99, eps=1e-5)
+    one_by_one, simulating, step = [[task] for task in tasks], 0.0, pool.step
+
+    def timed_step(*step_args):
+        nonlocal simulating
+        start = time.perf_counter()
+        result = step(*step_args)
+        simulating += time.perf_counter() - start
+        return result
+
     def round_of(nets, optimizer, groups):
         for group in groups:
             rollout, _ = a2c.collect(pool, nets, group, 5, cpu)
             a2c.a2c_update(args, nets, optimizer, rollout, group)
             for task in group:
                 pool.reset(task)                                       # or time limits would come up in between
+
+    def round_of_distillation():
+        for group in one_by_one:
+            obs, _ = distill_a2c.visit_states(pool, student, group, 5, cpu)
+            distill_a2c.distill_update(distill_a2c.Args(), student, nets, student_optimizer, obs, group)
+            for task in group:
+                pool.reset(task)
+    rounds = {"scratch": lambda: round_of(nets, optimizer, [tasks]),
+              "vanilla": lambda: round_of(shared, shared_optimizer, one_by_one), "distill": round_of_distillation}
     rollout, _ = a2c.collect(pool, nets, tasks, 5, cpu)
     times = milliseconds({
         "pool": lambda: pool.step(tasks, actions), "stock": lambda: stock.step(actions[0]),
         "processes": lambda: processes.step(actions[0]),
-        "update": lambda: a2c.a2c_update(args, nets, optimizer, rollout, tasks),
-        "scratch": lambda: round_of(nets, optimizer, [tasks]),
-        "vanilla": lambda: round_of(shared, shared_optimizer, [[task] for task in tasks])}, repetitions=25)
+        "update": lambda: a2c.a2c_update(args, nets, optimizer, rollout, tasks), **rounds}, repetitions=25)
     line("stepping 6 x 16 cheetahs, MuJoCo's rollout", f"{96 / times['pool'] * 1e3:,.0f} steps/s")
     line("stepping 16 with Gymnasium's SyncVectorEnv", f"{16 / times['stock'] * 1e3:,.0f} steps/s")
     line("stepping 16 in processes of their own, AsyncVectorEnv", f"{16 / times['processes'] * 1e3:,.0f} steps/s")
     processes.close()
-    line("scratch, whole program", f"{480 / times['scratch'] * 1e3:,.0f} steps/s; simulating is "
-         f"{5 * times['pool'] / times['scratch']:.0%} of the time")
-    line("vanilla, whole program", f"{480 / times['vanilla'] * 1e3:,.0f} steps/s; simulating is "
-         f"{5 * times['pool'] / times['vanilla']:.0%} of the time")
+    pool.step = timed_step
+    for name, one_round in rounds.items():
+        simulating, start = 0.0, time.perf_counter()
+        for _ in range(25):
+            one_round()
+        line(f"{name}, rollout and update", f"{480 / times[name] * 1e3:,.0f} steps/s; simulating takes "
+             f"{simulating / (time.perf_counter() - start):.0%} of the time")
 
 
 # --- picor_sac -------------------------------------------------------------------------------------------------------
