@@ -529,22 +529,34 @@ def evaluate_cheetahs(policy, names: list[str], episodes: int, seed: int, frames
         policy: observations (T, episodes, 17) -> actions (T, episodes, 6).
         frames: also render each task's first episode, every tenth step of the first 600.
     Returns:
-        returns and successes, (T, episodes) each; frames.
+        returns, successes and the share of steps spent on the back, (T, episodes) each; frames.
     """
     pool, film, tasks = CheetahPool(names, episodes, seed + 10_000), [], list(range(len(names)))
+    upside_down = np.zeros((len(names), episodes))
     for t in range(HORIZON):
         if frames and t % 10 == 0 and t < 600:
             film.append([pool.render(task) for task in tasks])
         with torch.no_grad():
             actions = policy(torch.from_numpy(pool.observe(tasks))).cpu().numpy()
         pool.step(tasks, actions)
-    return {"returns": pool.returns, "successes": pool.returns >= GOOD_RETURN, "frames": film}
+        upside_down += (np.cos(pool.state[..., 3]) < 0) / HORIZON      # time, x, height, pitch
+    return {"returns": pool.returns, "successes": pool.returns >= GOOD_RETURN, "upside_down": upside_down,
+            "frames": film}
 
 
 def over_episodes(names: list[str], evaluation: dict) -> dict[str, float]:
-    """Each task's median and standard deviation over the episodes of an evaluation."""
-    return {f"{name}/{key}": float(value(returns)) for name, returns in zip(names, evaluation["returns"])
-            for key, value in (("median", np.median), ("std", np.std))}
+    """Each task's median and standard deviation over the episodes of an evaluation, and its time upside down."""
+    columns = {}
+    for name, returns, upside_down in zip(names, evaluation["returns"], evaluation["upside_down"]):
+        columns |= {f"{name}/median": float(np.median(returns)), f"{name}/std": float(returns.std()),
+                    f"{name}/upside_down": float(upside_down.mean())}
+    return columns
+
+
+def print_gaits(names: list[str], evaluation: dict) -> None:
+    """One line: which cheetahs run, and which slide on their backs."""
+    shares = zip(names, evaluation["upside_down"].mean(1))
+    print("share of steps upside down: " + "  ".join(f"{name} {share:.2f}" for name, share in shares))
 
 
 TABLE_2 = {"paper, distillation 1M": dict(zip(PAPER, (1348.30, -63.07, 1413.55, 838.35, 2116.94, 1323.61)))}
@@ -656,6 +668,7 @@ def train(args: Args) -> Path | None:
         student.load_state_dict(state["learners"])
         evaluation = evaluate_cheetahs(policy, names, args.eval_episodes, args.seed, frames=args.capture_video)
         print_table(names, evaluation)
+        print_gaits(names, evaluation)
         if args.capture_video:
             save_animation(args.evaluate / "tasks.gif", names, evaluation["frames"])
         return args.evaluate
@@ -744,6 +757,7 @@ def train(args: Args) -> Path | None:
         print_table(names, taught)
         print("student:")
         print_table(names, evaluation)
+        print_gaits(names, evaluation)
     run.close()
     return run.dir
 

@@ -292,6 +292,24 @@ def test_evaluating_more_often_changes_no_training_number_and_draws_nothing(tmp_
     assert torch.equal(runs[0]["torch"], runs[1]["torch"])
 
 
+def test_time_upside_down_is_counted_per_cheetah(monkeypatch, capsys):
+    reset = a2c.CheetahPool.reset
+
+    def thrown(pool, task):
+        reset(pool, task)
+        pool.state[task, 1, 3] = np.pi * task                          # the second copy of the second task
+
+    monkeypatch.setattr(a2c, "HORIZON", 20)
+    monkeypatch.setattr(a2c.CheetahPool, "reset", thrown)
+    evaluation = a2c.evaluate_cheetahs(lambda obs: torch.zeros(2, 3, 6), ["SmallFoot", "BigLeg"], 3, 1)
+    assert evaluation["upside_down"] == pytest.approx(np.array([[0, 0, 0], [0, 1, 0]]))
+    a2c.print_gaits(["SmallFoot", "BigLeg"], evaluation)
+    assert capsys.readouterr().out == "share of steps upside down: SmallFoot 0.00  BigLeg 0.33\n"
+    made_up = {"returns": np.array([[1.0, 3.0, 8.0]]), "upside_down": np.array([[0.5, 0.25, 0.0]])}
+    assert a2c.over_episodes(["A"], made_up) == pytest.approx({"A/median": 3, "A/std": np.sqrt(26 / 3),
+                                                               "A/upside_down": 0.25})
+
+
 def test_rmsprop_and_reward_scale_reach_the_run(tmp_path, monkeypatch):
     made, rmsprop = [], torch.optim.RMSprop
     monkeypatch.setattr(a2c, "HORIZON", 50)
