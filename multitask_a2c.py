@@ -612,13 +612,19 @@ def train(args: Args) -> Path | None:
         if scale is not None:
             scale.running, scale.moments = state["scale"]
     run = Run(args, names, global_step, state["seconds"])
+    before = state.get("before", {})                                   # returns at the start of fine-tuning
+    if args.method == "finetune" and not args.resume:
+        evaluation = evaluate_cheetahs(policy, names, args.eval_episodes, args.seed)
+        before = {f"{name}/before": float(returns.mean()) for name, returns in zip(names, evaluation["returns"])}
+        print(f"before fine-tuning, trained on {source}:")
+        print_table(names, evaluation)
     losses = {task: defaultdict(list) for task in range(num_tasks)}
 
     def save() -> None:
         """Everything that the next step reads."""
         check_finite(global_step, dict(nets.named_parameters()))       # keeps the last good one
         run.save(dict(global_step=global_step, learners=nets.state_dict(), optimizer=optimizer.state_dict(),
-                      pool=pool.get_state(), torch=torch.get_rng_state(), source=names[-1],
+                      pool=pool.get_state(), torch=torch.get_rng_state(), source=names[-1], before=before,
                       scale=None if scale is None else (scale.running.clone(), scale.moments.clone())))
 
     if not args.resume:
@@ -647,7 +653,7 @@ def train(args: Args) -> Path | None:
             log_terms(run, names, losses, nets, global_step)
         if evaluate_now:
             evaluation = evaluate_cheetahs(policy, names, args.eval_episodes, args.seed)
-            run.log_evaluation(global_step, evaluation, over_episodes(names, evaluation))
+            run.log_evaluation(global_step, evaluation, over_episodes(names, evaluation) | before)
         if crossed(previous_step, global_step, LOG_EVERY) or evaluate_now:
             run.write(global_step)
         if crossed(previous_step, global_step, args.checkpoint_every):
@@ -658,8 +664,11 @@ def train(args: Args) -> Path | None:
         save()
     if not run.stop_signal:
         evaluation = evaluate_cheetahs(policy, names, args.eval_episodes, args.seed, frames=args.capture_video)
-        published = TABLE_1.get((names[-1], names[0]), {}) if args.method == "finetune" else TABLE_2
-        plot_tasks(run.dir / "tasks.png", names, evaluation["returns"], published)
+        beside = TABLE_2
+        if args.method == "finetune":
+            beside = TABLE_1.get((names[-1], names[0]), {}) | {
+                "before fine-tuning": {key.removesuffix("/before"): value for key, value in before.items()}}
+        plot_tasks(run.dir / "tasks.png", names, evaluation["returns"], beside)
         if args.capture_video:
             save_animation(run.dir / "tasks.gif", names, evaluation["frames"])
         print_table(names, evaluation)

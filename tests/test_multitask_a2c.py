@@ -378,16 +378,21 @@ def test_fine_tuning_moves_the_last_layers_only_and_watches_the_source(layers, t
     pools, pool = [], a2c.CheetahPool
     monkeypatch.setattr(a2c, "CheetahPool", lambda names, *a: pools.append(names) or pool(names, *a))
     folder = a2c.train(args)
-    assert pools[0] == ["SmallThigh"] and pools[1:] == [["SmallThigh", "BigLeg"]] * 2           # training; evaluations
+    assert pools[0] == ["SmallThigh"] and pools[1:] == [["SmallThigh", "BigLeg"]] * 3           # training; evaluations
     old, new = (a2c.load_checkpoint(run)["learners"] for run in (source, folder))
     for name, value in new.items():
         theirs = old[name.replace("weights.0", "weights.1").replace("biases.0", "biases.1").replace("std.0", "std.1")]
         moved = not torch.equal(value, theirs[1:2] if name.startswith("filter") else theirs)
         assert moved == (name.startswith("filter") or any(name.startswith(prefix) for prefix in trained)), name
-    assert {"SmallThigh/return", "BigLeg/return"} <= set(rows_of(folder)[0])
+    nets, _ = a2c.load_actor_critic(source)
+    untouched = a2c.evaluate_cheetahs(lambda obs: nets(obs, [1, 1])[0], ["SmallThigh", "BigLeg"], 1, 1)["returns"]
+    columns = dict(zip(*rows_of(folder)[:2]))
+    assert float(columns["SmallThigh/before"]) == pytest.approx(untouched[0, 0], rel=1e-4)
+    assert float(columns["BigLeg/before"]) == pytest.approx(untouched[1, 0], rel=1e-4)
+    assert float(columns["BigLeg/return"]) != pytest.approx(untouched[1, 0], rel=1e-4)
     shutil.rmtree(source)                                                      # no longer needed
     a2c.train(a2c.read_args(a2c.Args, ["--resume", str(folder), "--total-timesteps", "600"]))
-    assert rows_of(folder)[-1][0] == "600" and "BigLeg/return" in rows_of(folder)[0]
+    assert rows_of(folder)[-1][0] == "600" and rows_of(folder)[-1][-2:] == rows_of(folder)[1][-2:]
 
 
 def test_fine_tuning_is_drawn_beside_table_1(tmp_path, monkeypatch):
@@ -397,7 +402,8 @@ def test_fine_tuning_is_drawn_beside_table_1(tmp_path, monkeypatch):
     source = a2c.train(a2c.Args(**SMALL | dict(tasks=("SmallFoot",), method="scratch", runs_dir=tmp_path)))
     for target in ("SmallLeg", "BigLeg"):
         a2c.train(a2c.Args(**SMALL | dict(method="finetune", tasks=(target,), finetune_from=source, runs_dir=tmp_path)))
-    assert drawn[0] is a2c.TABLE_2 and drawn[2] == {}                          # the paper has no such pair
+    assert drawn[0] is a2c.TABLE_2 and list(drawn[2]) == ["before fine-tuning"]        # the paper has no such pair
+    assert set(drawn[2]["before fine-tuning"]) == {"BigLeg", "SmallFoot"}
     assert drawn[1]["paper, fine-tuned 5M"] == {"SmallFoot": 1500.76, "SmallLeg": 1568.66}
 
 
