@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import platform
 import re
@@ -347,7 +348,7 @@ def summary(results: Path, runs: dict[str, dict], figure: dict) -> str:
         hours = [about["hours"] for about in known.values()]
         versions = next(iter(known.values()))["versions"]
         runs_of_hours = (f"One run of {hours[0]:.1f} hours" if len(hours) == 1 else
-                         f"{len(hours)} runs of at most {60 * max(hours):.0f} min each" if max(hours) < 0.1 else
+                         f"{len(hours)} runs of at most {math.ceil(60 * max(hours))} min each" if max(hours) < 0.2 else
                          f"{len(hours)} runs of {min(hours):.1f} to {max(hours):.1f} hours each")
         lines += ["", f"{runs_of_hours}, one thread, torch {versions['torch']}; commands: "
                       f"`benchmark/results/{results.name}/runs.json`."]
