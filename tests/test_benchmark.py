@@ -15,6 +15,7 @@ from conftest import ROOT, SCRIPTS
 sys.path.insert(0, str(ROOT / "benchmark"))
 import report  # noqa: E402
 import run  # noqa: E402
+import speed  # noqa: E402
 
 TINY = {"title": "Tiny", "script": "tabular_em.py", "flags": "--env grid --trials 1 --checkpoint-every 2000",
         "methods": {"em": "--method em", "sp": "--method sp", "bad": "--num-policies 99"}, "measure": "mean_return",
@@ -220,3 +221,18 @@ def test_a_report_is_drawn_from_real_runs_and_again_from_its_results(tiny, tmp_p
     (folder / "curves.png").unlink()
     report.main(report.Args("tiny", runs_dir=tmp_path / "nowhere"))            # the runs are gone, the results stay
     assert (folder / "curves.png").exists() and "4 runs of" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["qmp_sac", "em_clustering_td3", "pcgrad_sac", "dgrad_arch_sac", "multitask_a2c",
+                                    "picor_sac", "iqn_em_atari"])
+def test_what_speed_measures_still_runs(script, monkeypatch, capsys):
+    def once(functions, repetitions=15):
+        for function in functions.values():
+            function()
+        return {name: 2.0 for name in functions}                       # milliseconds
+    monkeypatch.setattr(speed, "milliseconds", once)
+    monkeypatch.setattr(speed, "whole_run", lambda *a, **k: None)          # a run as a user makes it: tested elsewhere
+    getattr(speed, script)()
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) >= 4 and all(re.fullmatch(r"\| .+ \| .*\d.* \|", row) for row in rows), rows
