@@ -60,6 +60,8 @@ def collect(args: Args) -> Path:
     plain = run.jobs_of(run.Args(args.figure, scale=args.scale))       # with the default folder in their commands
     for job, as_typed in zip(run.jobs_of(run.Args(args.figure, scale=args.scale, runs_dir=args.runs_dir)), plain):
         if job.finished:
+            if job.differs():
+                sys.exit(job.differs())
             folder, name = sorted(job.folder.glob("*/metrics.csv"))[-1].parent, job.folder.name
             shutil.copy(folder / "metrics.csv", results / f"{name}.csv")
             if (folder / "mixture.csv").exists():
@@ -178,8 +180,32 @@ def panels(results: Path, runs: dict[str, dict], figure: dict) -> list[tuple[str
 
 
 def mean_known(columns: list[np.ndarray]) -> np.ndarray:
-    """Mean over tasks of those that had an episode in a bin."""
-    return np.ma.masked_invalid(columns).mean(0).filled(np.nan)
+    """Mean over tasks, each as in the last bin in which it had an episode; those that have had none are left out."""
+    columns = np.array(columns)
+    last = np.maximum.accumulate(np.where(np.isnan(columns), 0, np.arange(columns.shape[1])), axis=1)
+    return np.ma.masked_invalid(np.take_along_axis(columns, last, axis=1)).mean(0).filled(np.nan)
+
+
+def together(curves: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Steps that all seeds have seen, mean and standard deviation over seeds there; between its points a curve is straight."""
+    steps = curves[0][0][curves[0][0] <= min(own[-1] for own, _ in curves)]
+    values = np.array([np.interp(steps, own, value) for own, value in curves])
+    return steps, values.mean(0), deviation(values)
+
+
+def deviation(values) -> np.ndarray:
+    """Standard deviation over the first axis, of a sample: divided by n - 1, and 0 if there is one value."""
+    return np.std(values, axis=0, ddof=min(1, len(values) - 1))
+
+
+def at(table: np.ndarray, key: str, share: float) -> float:
+    """A column at a share of the run, straight between two evaluations."""
+    return float(np.interp(share * table["global_step"][-1], table["global_step"], table[key]))
+
+
+def longest(runs: dict[str, dict], figure: dict) -> float:
+    """Where pictures end: at the last step of the figure's own runs, those that it is compared with may be longer."""
+    return max(t["global_step"][-1] for method in runs if method in figure["methods"] for t in runs[method].values())
 
 
 def draw(results: Path, runs: dict[str, dict], figure: dict) -> None:
@@ -191,15 +217,13 @@ def draw(results: Path, runs: dict[str, dict], figure: dict) -> None:
     axes = picture.subplots(1, len(shown) + bool(own), squeeze=False)[0]
     for axis, (shows, methods) in zip(axes, shown):
         for k, (label, curves) in enumerate(methods.items()):
-            rows = min(len(steps) for steps, _ in curves)
-            values = np.array([value[:rows] for _, value in curves])
-            axis.plot(curves[0][0][:rows], values.mean(0), "-" if k < 10 else "--",
+            steps, mean, std = together(curves)
+            axis.plot(steps, mean, "-" if k < 10 else "--",
                       label=f"{label} ({len(curves)} {'seed' if len(curves) == 1 else 'seeds'})")
-            axis.fill_between(curves[0][0][:rows], values.mean(0) - values.std(0), values.mean(0) + values.std(0),
-                              alpha=0.2)
-        axis.set(xlabel="environment steps", ylabel=shows)
+            axis.fill_between(steps, mean - std, mean + std, alpha=0.2)
+        axis.set(xlabel="environment steps", ylabel=shows, xlim=(None, longest(runs, figure)))
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes[0].legend(frameon=False, fontsize=None if len(runs) < 8 else 7)
+    picture.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3 * len(axes), frameon=False)
     picture.suptitle(figure["title"])
     if own:
         for name in own:
@@ -230,7 +254,8 @@ def draw_tasks(results: Path, runs: dict[str, dict], figure: dict) -> None:
     kinds = list(dict.fromkeys((kind_of(figure), figure.get("progress", kind_of(figure)))))
     columns = len(tasks) if len(tasks) <= 5 else min(5, -(-len(tasks) // 2))
     rows = -(-len(tasks) // columns)
-    picture = Figure(figsize=(3.2 * columns, 2.6 * rows * len(kinds)), layout="constrained")
+    height = max(2.6 * rows * len(kinds), 0.7 + 0.24 * len(runs))      # at least that of the legend
+    picture = Figure(figsize=(3.2 * columns, height), layout="constrained")
     grid = picture.subplots(rows * len(kinds), columns, sharex=True, squeeze=False)
     for axis in grid.flat:
         axis.axis("off")
@@ -244,13 +269,12 @@ def draw_tasks(results: Path, runs: dict[str, dict], figure: dict) -> None:
                 key = task if training else f"{task}/{kind}"
                 known = [t for t in seeds.values() if key in t.dtype.names]
                 if known:
-                    length = min(map(len, known))
-                    values = np.array([t[key][:length] for t in known])
-                    steps, mean, deviation = known[0]["global_step"][:length], values.mean(0), values.std(0)
+                    steps, mean, std = together([(t["global_step"], t[key]) for t in known])
                     axis.plot(steps, mean, "-" if colour < 10 else "--", color=f"C{colour}",
                               label=f"{method} ({len(known)})")
-                    axis.fill_between(steps, mean - deviation, mean + deviation, color=f"C{colour}", alpha=0.15)
-            axis.set(title=task, ylabel=f"{'training ' * training}{kind}" if i % columns == 0 else "")
+                    axis.fill_between(steps, mean - std, mean + std, color=f"C{colour}", alpha=0.15)
+            axis.set(title=task, ylabel=f"{'training ' * training}{kind}" if i % columns == 0 else "",
+                     xlim=(None, longest(runs, figure)))
             if kind == "success":
                 axis.set_ylim(-0.03, 1.03)
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -262,7 +286,7 @@ def draw_tasks(results: Path, runs: dict[str, dict], figure: dict) -> None:
 
 
 def spread(values: list[float], digits: int) -> str:
-    return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values):.{digits}f}" if len(values) > 1 else "")
+    return f"{np.mean(values):.{digits}f}" + (f" ± {deviation(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def interval(scores: np.ndarray, digits: int) -> str:
@@ -277,7 +301,7 @@ def interval(scores: np.ndarray, digits: int) -> str:
 
 def compared(high: list[float], low: list[float]) -> str:
     """In words, whether one sample of runs is above another by more than both spread."""
-    gap, noise = np.mean(high) - np.mean(low), np.hypot(np.std(high), np.std(low))
+    gap, noise = np.mean(high) - np.mean(low), np.hypot(deviation(high), deviation(low))
     word = "within the spread of seeds" if abs(gap) <= noise else "agrees" if gap > 0 else "does not agree"
     return f"{word} (difference {gap:.3g}, spread {noise:.3g})"
 
@@ -316,8 +340,7 @@ def summary(results: Path, runs: dict[str, dict], figure: dict) -> str:
     for method, seeds in runs.items():
         cells = []
         for share in (0.25, 0.5, 0.75, 1.0):
-            rows = [np.abs(t["global_step"] - share * t["global_step"][-1]).argmin() for t in seeds.values()]
-            cells.append(spread([t[measure][row] for t, row in zip(seeds.values(), rows)], digits))
+            cells.append(spread([at(t, measure, share) for t in seeds.values()], digits))
         cells.append(spread([late(t, measure) for t in seeds.values()], digits))
         scores = np.array([[late(t, f"{task}/{kind}") for task in tasks] for t in seeds.values()])
         lines.append(f"| {method} | {len(seeds)} | {' | '.join(cells)} | {interval(scores, places)} | "
@@ -360,11 +383,10 @@ def at_share(seeds: dict, task: str, kind: str, share: float, places: int) -> st
 
     What is after the comma is the mean over seeds of the standard deviation over episodes, where a script has that.
     """
-    rows = [np.abs(t["global_step"] - share * t["global_step"][-1]).argmin() for t in seeds.values()]
     if not all(f"{task}/{kind}" in t.dtype.names for t in seeds.values()):
         return "–"
-    cell = spread([t[f"{task}/{kind}"][row] for t, row in zip(seeds.values(), rows)], places)
-    episodes = [t[f"{task}/std"][row] for t, row in zip(seeds.values(), rows) if f"{task}/std" in t.dtype.names]
+    cell = spread([at(t, f"{task}/{kind}", share) for t in seeds.values()], places)
+    episodes = [at(t, f"{task}/std", share) for t in seeds.values() if f"{task}/std" in t.dtype.names]
     return cell + (f", {np.mean(episodes):.{places}f}" if episodes else "")
 
 

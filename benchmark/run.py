@@ -72,7 +72,7 @@ class Args:
 
 @dataclass
 class Job:
-    """One run: its command, and the folder that holds its run folder, its log and, at the end, `finished`."""
+    """One run: its command, and the folder with its run folder, its flags, its log and, at the end, `finished`."""
 
     folder: Path
     script: str
@@ -83,6 +83,14 @@ class Job:
     def finished(self) -> bool:
         return (self.folder / "finished").exists()
 
+    def differs(self) -> str:
+        """A message if the folder holds a run with other flags, of another scale perhaps; else nothing."""
+        path, mine = self.folder / "flags", shlex.join(self.flags)
+        if not path.exists() or path.read_text().strip() == mine:
+            return ""
+        return (f"{self.folder} holds a run with other flags; give another --runs-dir, or delete it\n"
+                f"  it has     {path.read_text().strip()}\n  asked for  {mine}")
+
     def command(self) -> list[str]:
         """The plain command line that starts the run, or that goes on with it."""
         checkpoints = sorted(self.folder.glob("*/checkpoint.pt"))
@@ -92,11 +100,12 @@ class Job:
 
     def run(self) -> int:
         self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "flags").write_text(shlex.join(self.flags) + "\n")
         with open(self.folder / "log.txt", "a") as log:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             status = subprocess.run(self.command(), stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
         if status == 0:
-            (self.folder / "finished").write_text(" ".join(self.flags) + "\n")
+            (self.folder / "finished").touch()
         return status
 
     def step(self) -> int:
@@ -139,14 +148,17 @@ def run_here(args: Args, waiting: list[Job]) -> list[str]:
     done, started, failed = threading.Event(), time.time(), []
     watcher = threading.Thread(target=watch, args=(waiting, done))
     watcher.start()
-    with ThreadPoolExecutor(args.workers) as pool:
+    pool = ThreadPoolExecutor(args.workers)
+    try:
         for job, status in zip(waiting, pool.map(Job.run, waiting)):
             if status:
                 failed.append(f"{job.folder.name} (status {status}): see {job.folder / 'log.txt'}")
             elif not sys.stderr.isatty():
                 print(f"{job.folder.name} done after {(time.time() - started) / 60:.0f} min", flush=True)
-    done.set()
-    watcher.join()
+    finally:
+        pool.shutdown(cancel_futures=True)                             # after Ctrl-C, which the runs got as well
+        done.set()
+        watcher.join()
     return failed
 
 
@@ -184,6 +196,8 @@ def main(args: Args) -> None:
                                     cwd=ROOT).returncode)
         return
     jobs = jobs_of(args)
+    if differing := [job.differs() for job in jobs if job.differs()]:
+        sys.exit("\n".join(differing))
     if args.dry_run:
         for job in jobs:
             print("finished: " * job.finished + shlex.join(["python", job.script, *job.flags]))
@@ -196,7 +210,11 @@ def main(args: Args) -> None:
             print(f"{job.folder.name}: SLURM job {handed.job_id}")
         print(f"when they are done: {report}")
         return
-    failed = run_here(args, waiting)
+    try:
+        failed = run_here(args, waiting)
+    except KeyboardInterrupt:
+        print("stopped, and the runs with it; the same command goes on with them")
+        sys.exit(130)
     print("\n".join(["these runs failed:", *failed]) if failed else f"all done: {report}")
     sys.exit(1 if failed else 0)
 

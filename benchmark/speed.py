@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -477,13 +476,15 @@ def whole_run(script: str, arguments: list[str], label: str, update: float | Non
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         command = [sys.executable, f"{script}.py", *arguments, "--runs-dir", folder]
-        subprocess.run(command, cwd=Path(__file__).parent.parent, check=True, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(command, cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)                    # getrusage would tell the most of all children
+        if status:
+            raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), command)
         total = time.perf_counter() - start
         row = next(Path(folder).glob("*/metrics.csv")).read_text().splitlines()[-1].split(",")
     rate, seconds = int(row[0]) / float(row[1]), float(row[1])
-    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     rest = "" if update is None else f"; not updates: {1 - update / seconds:.0%}"
-    line(label, f"{rate:,.0f} steps/s, {total:.0f} s in all, up to {memory:,.0f} MB{rest}")
+    line(label, f"{rate:,.0f} steps/s, {total:.0f} s in all, up to {usage.ru_maxrss / 1024:,.0f} MB{rest}")
 
 
 if __name__ == "__main__":
