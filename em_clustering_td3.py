@@ -29,7 +29,7 @@ docs/em_clustering_td3.md:
 
     python em_clustering_td3.py                           # seven pendulums, four policies
     python em_clustering_td3.py --method sp --seed 2      # one policy for all
-    python em_clustering_td3.py --env track --batch-size 100 --total-timesteps 2_400_000
+    python em_clustering_td3.py --env track --batch-size 100
 """
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -67,10 +68,12 @@ from tqdm import tqdm
 # Settings
 # ---------------------------------------------------------------------------------------------------------------------
 WALKER = dict(hidden_sizes=(400, 300), lr=1e-3, batch_size=1_000, update_every=3, exploration_noise=0.1,
-              smoothing_noise=0.2, m_step_size=200_000, learning_starts=10_000, buffer_size=5_000_000)
+              smoothing_noise=0.2, m_step_size=200_000, learning_starts=10_000, buffer_size=5_000_000,
+              total_timesteps=2_400_000)
 PRESETS = {  # the paper's appendix; a setting left at None takes its value from here
     "pendulum": dict(hidden_sizes=(64, 64), lr=3e-3, batch_size=128, update_every=1, exploration_noise=0.05,
-                     smoothing_noise=0.1, m_step_size=50_000, learning_starts=10_000, buffer_size=2_000_000),
+                     smoothing_noise=0.1, m_step_size=50_000, learning_starts=10_000, buffer_size=2_000_000,
+                     total_timesteps=1_000_000),
     "track": WALKER, "legs": WALKER,
 }
 METHOD_PRESETS = {  # both start to learn after 100,000 steps of all tasks
@@ -94,8 +97,9 @@ class Args:
     surgery; clusters drawn once at random"""
     seed: int = 1
     """seeds every generator: networks, environments, replay, exploration, clusters"""
-    total_timesteps: int = 1_000_000
-    """environment steps of training, summed over policies, rounded to whole M-steps; E-steps come on top"""
+    total_timesteps: int | None = None
+    """environment steps of training, summed over policies, rounded to whole M-steps; E-steps come on top; None: the
+    preset of --env, 1_000_000 or for walkers 2_400_000"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """where the networks live; auto takes cuda if present, else cpu"""
     eval_every: int = 50_000
@@ -166,7 +170,7 @@ class Args:
         preset = PRESETS[self.env] | METHOD_PRESETS.get((self.env, self.method), {})
         if self.method not in CLUSTERED:
             preset["m_step_size"] = 4 * preset["m_step_size"] // self.num_policies
-            preset["m_step_size"] -= preset["m_step_size"] % max(1, self.evals_per_m_step)
+            preset["m_step_size"] -= preset["m_step_size"] % max(1, min(self.evals_per_m_step, preset["m_step_size"]))
         for name, value in preset.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -175,7 +179,9 @@ class Args:
                      "buffer_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        for name in ("seed", "exploration_noise", "smoothing_noise", "action_penalty", "max_grad_norm"):
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed must be from 0 to 2**32 - 1, got {self.seed}")
+        for name in ("exploration_noise", "smoothing_noise", "action_penalty", "max_grad_norm"):
             if not getattr(self, name) >= 0:                           # not a number neither
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(self, name)}")
         if min(self.hidden_sizes) < 1:
@@ -510,6 +516,19 @@ def policy_loss(q: Tensor, actions: Tensor, penalty: float) -> Tensor:
     return -q.mean(1) + penalty * actions.square().mean((1, 2))
 
 
+@contextmanager
+def frozen(*nets: nn.Module):
+    """The networks let gradients through and get none themselves; what a reader has frozen for good stays so."""
+    params = [param for net in nets for param in net.parameters() if param.requires_grad]
+    for param in params:
+        param.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for param in params:
+            param.requires_grad_(True)
+
+
 def td3_update(args: Args, learners: TD3Learners, optimizers: dict, batch: list[Tensor], limit: float,
                update_policies: bool, rng: np.random.Generator) -> dict[str, Tensor]:
     """One TD3 step of every row: critics, and with `update_policies` policies and all targets. Losses, (R,) each.
@@ -533,9 +552,8 @@ def td3_update(args: Args, learners: TD3Learners, optimizers: dict, batch: list[
     if update_policies:
         actor, copies = per_task(learners.actor, len(obs))
         pi = policy_actions(args, actor, obs)
-        learners.qf1.requires_grad_(False)                             # the gradient only passes through
-        pi_loss = policy_loss(value(learners.qf1, obs, pi), pi, args.action_penalty)
-        learners.qf1.requires_grad_(True)
+        with frozen(learners.qf1):
+            pi_loss = policy_loss(value(learners.qf1, obs, pi), pi, args.action_penalty)
         descend(args, optimizers["actor"], pi_loss, [(learners.actor, copies)], rng)
         losses["actor"] = pi_loss
         with torch.no_grad():
@@ -557,8 +575,8 @@ def descend(args: Args, optimizer: torch.optim.Optimizer, losses: Tensor, nets: 
     for net, copies in nets:
         if copies:
             gather_gradients([(net, copies)], draw_visit_order(len(losses), rng) if args.method == "surgery" else None)
-        if args.max_grad_norm:
-            for param in net.parameters():                             # of each row by itself
+        for param in net.parameters():
+            if args.max_grad_norm and param.grad is not None:          # of each row by itself
                 norm = param.grad.flatten(1).norm(dim=1)
                 param.grad *= (args.max_grad_norm / norm.clamp(min=1e-12)).clamp(max=1.0)[:, None, None]
     optimizer.step()
@@ -571,7 +589,7 @@ def per_task(net: nn.Module, num_tasks: int) -> tuple:
         What to call in place of `net`, and the copies by parameter name: none if no layer is tied.
     """
     copies = {name: param.detach().expand(num_tasks, -1, -1).requires_grad_()
-              for name, param in net.named_parameters() if len(param) == 1 < num_tasks}
+              for name, param in net.named_parameters() if len(param) == 1 < num_tasks and param.requires_grad}
     return (partial(call_with, net, copies) if copies else net), copies
 
 
@@ -911,7 +929,7 @@ def set_world(world: dict, envs: SyncVectorEnv, rng: np.random.Generator) -> np.
     rng.bit_generator.state = json.loads(world["numpy"])
     torch.set_rng_state(world["torch"])
     if world["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(world["cuda"])
+        torch.cuda.set_rng_state_all(world["cuda"][:torch.cuda.device_count()])
     for env, simulator in zip(envs.envs, world["simulators"]):
         env.unwrapped.set_state(simulator["state"])
         env.unwrapped.np_random.bit_generator.state = json.loads(simulator["rng"])
@@ -1104,6 +1122,8 @@ def read_args(settings: type, argv: list[str] | None = None):
         if about["script"] != Path(__file__).stem:
             raise Failure(f"{flag} {folder}: that run was made by {about['script']}.py; use that script")
         stored = {key: tuple(v) if isinstance(v, list) else v for key, v in about["args"].items()}     # JSON has lists
+        if args.evaluate:
+            stored["capture_video"] = False                            # a picture is drawn when it is asked for
         stored = settings(**stored | {"runs_dir": Path(stored["runs_dir"]), "resume": None, "evaluate": None})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Failure(f"{flag} {folder}: no args.json there that this version can read ({error}); "
@@ -1124,6 +1144,10 @@ def run_script(settings: type, main) -> None:
     except Failure as failure:
         print(f"{Path(sys.argv[0]).name}: {failure}", file=sys.stderr)
         sys.exit(failure.status)
+    except ModuleNotFoundError as error:                               # one that is imported where it is used
+        print(f"{Path(sys.argv[0]).name}: these settings need the package {error.name}, which is not installed; the "
+              "first lines of this file list all of them, and uv run installs them", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:
         print(f"{Path(sys.argv[0]).name}: {error}; the last checkpoint is intact. Free some space, or make the run "
               "folder writable, then --resume it", file=sys.stderr)

@@ -195,8 +195,8 @@ class Args:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         if min(self.num_quantiles) < 1:
             raise ValueError(f"--num-quantiles must be at least 1 each, got {self.num_quantiles}")
-        if self.seed < 0:
-            raise ValueError(f"--seed must be at least 0, got {self.seed}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed must be from 0 to 2**32 - 1, got {self.seed}")
         if not 1 / 32 <= self.width <= 8:
             raise ValueError(f"--width must be from 1/32 (one filter) to 8, got {self.width}")
         if self.buffer_size <= self.n_step + STACK:
@@ -409,10 +409,14 @@ class FrameReplay:
             array[:len(saved)] = saved.numpy()
 
 
+def trained_pairs(args: Args) -> int:
+    """How many pairs of a policy and a game can come to be trained, each with a replay of its own."""
+    return len(args.games) * (args.num_policies if args.method == "em" else 1)
+
+
 def replay_frames(args: Args) -> int:
     """How many frames the replays of a whole run come to hold, but for the last ones of episodes."""
-    pairs = len(args.games) * (args.num_policies if args.method == "em" else 1)              # that are ever trained
-    return min(pairs * args.buffer_size, args.total_timesteps)
+    return min(trained_pairs(args) * args.buffer_size, args.total_timesteps)
 
 
 def memory_bytes() -> int:
@@ -426,10 +430,10 @@ def plan_memory(args: Args) -> str:
     """What the replay can grow to, in words; a `Failure` if that is more than there is."""
     need, have = replay_frames(args) * 84 * 84, memory_bytes()
     if need > 0.9 * have:
-        fits = int(args.buffer_size * 0.8 * have / need)
+        fits = int(0.8 * have / (84 * 84 * trained_pairs(args)))
+        or_laptop = ", and so would --preset laptop, which is for machines without a GPU" * (args.preset != "laptop")
         raise Failure(f"--buffer-size {args.buffer_size}: the replay would grow to {need / 1e9:.0f} GB, and there are "
-                      f"{have / 1e9:.0f} GB of memory here; --buffer-size {fits} would fit, and so would --preset "
-                      "laptop, which is for machines without a GPU")
+                      f"{have / 1e9:.0f} GB of memory here; --buffer-size {fits} would fit{or_laptop}")
     return f"the replay grows to {need / 1e9:.2f} GB, of {have / 1e9:.0f} GB of memory here"
 
 
@@ -603,7 +607,7 @@ def train(args: Args) -> Path | None:
             generator.bit_generator.state = saved
         torch.set_rng_state(state["torch"])
         if state["cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["cuda"])
+            torch.cuda.set_rng_state_all(state["cuda"][:torch.cuda.device_count()])
         print("the emulator's state cannot be saved: the run goes on with fresh episodes"
               + ", and with an empty replay" * (not args.save_replay))
     run = Run(args, names, global_step, state["seconds"])
@@ -1021,6 +1025,8 @@ def read_args(settings: type, argv: list[str] | None = None):
         if about["script"] != Path(__file__).stem:
             raise Failure(f"{flag} {folder}: that run was made by {about['script']}.py; use that script")
         stored = {key: tuple(v) if isinstance(v, list) else v for key, v in about["args"].items()}     # JSON has lists
+        if args.evaluate:
+            stored["capture_video"] = False                            # a picture is drawn when it is asked for
         stored = settings(**stored | {"runs_dir": Path(stored["runs_dir"]), "resume": None, "evaluate": None})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Failure(f"{flag} {folder}: no args.json there that this version can read ({error}); "
@@ -1041,6 +1047,10 @@ def run_script(settings: type, main) -> None:
     except Failure as failure:
         print(f"{Path(sys.argv[0]).name}: {failure}", file=sys.stderr)
         sys.exit(failure.status)
+    except ModuleNotFoundError as error:                               # one that is imported where it is used
+        print(f"{Path(sys.argv[0]).name}: these settings need the package {error.name}, which is not installed; the "
+              "first lines of this file list all of them, and uv run installs them", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:
         print(f"{Path(sys.argv[0]).name}: {error}; the last checkpoint is intact. Free some space, or make the run "
               "folder writable, then --resume it", file=sys.stderr)

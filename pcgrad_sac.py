@@ -41,6 +41,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from importlib.metadata import version
@@ -175,9 +176,10 @@ class Args:
                      "buffer_size", "learning_starts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        for name in ("seed", "max_grad_norm"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed must be from 0 to 2**32 - 1, got {self.seed}")
+        if self.max_grad_norm < 0:
+            raise ValueError(f"--max-grad-norm must be at least 0, got {self.max_grad_norm}")
         for name in ("lr", "critic_lr", "gamma", "tau"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0 and at most 1, got {getattr(self, name)}")
@@ -397,7 +399,7 @@ def per_task(net: nn.Module, num_tasks: int) -> tuple:
         What to call in place of `net`, and the copies by parameter name: none if no layer is tied.
     """
     copies = {name: param.detach().expand(num_tasks, -1, -1).requires_grad_()
-              for name, param in net.named_parameters() if len(param) == 1 < num_tasks}
+              for name, param in net.named_parameters() if len(param) == 1 < num_tasks and param.requires_grad}
     return (partial(call_with, net, copies) if copies else net), copies
 
 
@@ -495,6 +497,19 @@ def descend_mean(optimizer: torch.optim.Optimizer, losses: Tensor, nets: list, m
     return statistics
 
 
+@contextmanager
+def frozen(*nets: nn.Module):
+    """The networks let gradients through and get none themselves; what a reader has frozen for good stays so."""
+    params = [param for net in nets for param in net.parameters() if param.requires_grad]
+    for param in params:
+        param.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for param in params:
+            param.requires_grad_(True)
+
+
 def joint_update(learners: MultiTaskSAC, optimizers: dict, batch: list[Tensor], gamma: float, tau: float,
                  max_grad_norm: float, split: bool, draw_orders=lambda: None, combine: str = "mean"
                  ) -> tuple[dict[str, Tensor], dict]:
@@ -523,9 +538,8 @@ def joint_update(learners: MultiTaskSAC, optimizers: dict, batch: list[Tensor], 
     call, copies = per_task(learners.actor, num_tasks) if split else (learners.actor, {})
     mean, log_std = call(obs)
     pi, log_prob = squash(mean, log_std, torch.randn_like(mean))
-    learners.qf1.requires_grad_(False), learners.qf2.requires_grad_(False)     # the gradient only passes through them
-    losses["actor"] = actor_loss(torch.min(learners.qf1(obs, pi), learners.qf2(obs, pi)), log_prob, alpha)
-    learners.qf1.requires_grad_(True), learners.qf2.requires_grad_(True)
+    with frozen(learners.qf1, learners.qf2):
+        losses["actor"] = actor_loss(torch.min(learners.qf1(obs, pi), learners.qf2(obs, pi)), log_prob, alpha)
     statistics["actor"] = descend_mean(optimizers["actor"], losses["actor"], [(learners.actor, copies)], max_grad_norm,
                                        draw_orders(), combine)
 
@@ -635,7 +649,7 @@ def train(args: Args) -> Path | None:
     capacity = min(args.buffer_size, -(-args.total_timesteps // num_tasks))
     buffer = ReplayBuffer(num_tasks, capacity, obs_size, action_size, device)
     num_updates, history = 0, []                                       # history: (step, {what: mean matrix (T, T)})
-    losses, conflicts = defaultdict(list), {"critic": defaultdict(list), "actor": defaultdict(list)}
+    losses, conflicts = defaultdict(list), {"critic": {}, "actor": {}}         # sums of statistics, and of how many
     if args.resume:
         learners.load_state_dict(state["learners"])
         for name, optimizer in optimizers.items():
@@ -643,6 +657,8 @@ def train(args: Args) -> Path | None:
         buffer.num_added = state["num_added"]
         buffer.data[:, :len(buffer)] = state["buffer"].to(device)
         num_updates, history = state["num_updates"], state["history"]
+        conflicts = {network: {key: (total.numpy(), count) for key, (total, count) in sums.items()}
+                     for network, sums in state["conflicts"].items()}
         obs = set_world(state["world"], envs, rng)
     run = Run(args, names, global_step, state["seconds"])
     if not args.resume:
@@ -658,6 +674,8 @@ def train(args: Args) -> Path | None:
         check_finite(global_step, dict(learners.named_parameters()))   # keeps the last good one
         run.save(dict(
             global_step=global_step, learners=learners.state_dict(), num_updates=num_updates, history=history,
+            conflicts={network: {key: (torch.as_tensor(total), count) for key, (total, count) in sums.items()}
+                       for network, sums in conflicts.items()},
             optimizers={name: optimizer.state_dict() for name, optimizer in optimizers.items()},
             world=get_world(envs, obs, rng), num_added=buffer.num_added,
             buffer=buffer.data[:, :len(buffer)].clone().cpu()))       # a clone, or torch.save writes the empty part too
@@ -697,7 +715,8 @@ def train(args: Args) -> Path | None:
                 losses[name].append(loss)
             for network, (gram, weights) in statistics.items():
                 for key, value in conflict_summary(gram, weights).items():
-                    conflicts[network][key].append(value)
+                    total, count = conflicts[network].get(key, (0.0, 0))
+                    conflicts[network][key] = total + value, count + 1
 
         # Log, evaluate, save --------------------------------------------------------------------------------
         evaluate_now = crossed(previous_step, global_step, args.eval_every) or global_step >= args.total_timesteps
@@ -744,7 +763,7 @@ def log_conflicts(run: Run, names: list[str], conflicts: dict, history: list, gl
     """Means of the gradients' statistics since the last call, to TensorBoard, to `history` and as columns."""
     columns, matrices = {}, {}
     for network, collected in conflicts.items():
-        means = {key: np.mean(values, axis=0) for key, values in collected.items()}
+        means = {key: total / count for key, (total, count) in collected.items()}
         collected.clear()
         unknown = np.full((len(names),) * 2, np.nan)                   # as long as there have been no updates
         cosine = matrices[network] = means.get("cosine", unknown)
@@ -840,7 +859,7 @@ def set_world(world: dict, envs: SyncVectorEnv, rng: np.random.Generator) -> np.
     rng.bit_generator.state = json.loads(world["numpy"])
     torch.set_rng_state(world["torch"])
     if world["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(world["cuda"])
+        torch.cuda.set_rng_state_all(world["cuda"][:torch.cuda.device_count()])
     for env, simulator in zip(envs.envs, world["simulators"]):
         env.unwrapped.set_state(simulator["state"])
         env.unwrapped.np_random.bit_generator.state = json.loads(simulator["rng"])
@@ -1058,6 +1077,8 @@ def read_args(settings: type, argv: list[str] | None = None):
         if about["script"] != Path(__file__).stem:
             raise Failure(f"{flag} {folder}: that run was made by {about['script']}.py; use that script")
         stored = {key: tuple(v) if isinstance(v, list) else v for key, v in about["args"].items()}     # JSON has lists
+        if args.evaluate:
+            stored["capture_video"] = False                            # a picture is drawn when it is asked for
         stored = settings(**stored | {"runs_dir": Path(stored["runs_dir"]), "resume": None, "evaluate": None})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Failure(f"{flag} {folder}: no args.json there that this version can read ({error}); "
@@ -1078,6 +1099,10 @@ def run_script(settings: type, main) -> None:
     except Failure as failure:
         print(f"{Path(sys.argv[0]).name}: {failure}", file=sys.stderr)
         sys.exit(failure.status)
+    except ModuleNotFoundError as error:                               # one that is imported where it is used
+        print(f"{Path(sys.argv[0]).name}: these settings need the package {error.name}, which is not installed; the "
+              "first lines of this file list all of them, and uv run installs them", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:
         print(f"{Path(sys.argv[0]).name}: {error}; the last checkpoint is intact. Free some space, or make the run "
               "folder writable, then --resume it", file=sys.stderr)

@@ -43,6 +43,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from importlib.metadata import version
@@ -189,7 +190,9 @@ class Args:
                      "learning_starts", "batch_size", "correction_steps", "correction_states", "buffer_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        for name in ("seed", "recent", "penalty", "weight_warmup"):
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed must be from 0 to 2**32 - 1, got {self.seed}")
+        for name in ("recent", "penalty", "weight_warmup"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(self, name)}")
         for name in ("lr", "gamma", "tau", "weight_tau", "alpha_init"):
@@ -621,6 +624,19 @@ def critic_phase(learners: MultiTaskSAC, optimizer: torch.optim.Optimizer, batch
     return loss.detach()
 
 
+@contextmanager
+def frozen(*nets: nn.Module):
+    """The networks let gradients through and get none themselves; what a reader has frozen for good stays so."""
+    params = [param for net in nets for param in net.parameters() if param.requires_grad]
+    for param in params:
+        param.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for param in params:
+            param.requires_grad_(True)
+
+
 def policy_phase(learners: MultiTaskSAC, optimizers: dict, obs: Tensor, tasks: list[int], scale: float = 1.0) -> Tensor:
     """Eq. 7, a step of the policy and of the temperatures on states of K tasks, (K, B, O); the loss, (K,).
 
@@ -629,9 +645,8 @@ def policy_phase(learners: MultiTaskSAC, optimizers: dict, obs: Tensor, tasks: l
     """
     mean, log_std = learners.actor(obs)
     actions, log_prob = squash(mean, log_std, torch.randn_like(mean))
-    learners.qf1.requires_grad_(False), learners.qf2.requires_grad_(False)     # the gradient only passes through them
-    q = torch.min(of_tasks(learners.qf1, tasks)(obs, actions), of_tasks(learners.qf2, tasks)(obs, actions))
-    learners.qf1.requires_grad_(True), learners.qf2.requires_grad_(True)
+    with frozen(learners.qf1, learners.qf2):
+        q = torch.min(of_tasks(learners.qf1, tasks)(obs, actions), of_tasks(learners.qf2, tasks)(obs, actions))
     loss = actor_loss(q, log_prob, learners.log_alpha.detach().exp()[tasks][:, None])
     optimizers["actor"].zero_grad()
     (scale * loss).mean().backward()
@@ -658,7 +673,6 @@ def correct(args: Args, learners: MultiTaskSAC, optimizer: torch.optim.Optimizer
     alpha = torch.zeros_like(learners.log_alpha) if args.hard_advantage else learners.log_alpha.detach().exp()
     alpha, noise = alpha[:, None], torch.randn_like(old[0])            # common random numbers
     critics = learners.qf1, learners.qf2
-    learners.qf1.requires_grad_(False), learners.qf2.requires_grad_(False)
     with torch.no_grad():
         old_value = soft_value(*critics, obs, *old, noise, alpha)
         spread = q_spread(*critics, obs, *old) if args.adv_norm else torch.ones(len(obs), device=obs.device)
@@ -669,7 +683,8 @@ def correct(args: Args, learners: MultiTaskSAC, optimizer: torch.optim.Optimizer
     while shortfall > 0 and steps < args.correction_steps:             # at pi' itself the KL and its gradient are 0
         mean, log_std = learners.actor(obs)
         kl = gaussian_kl(mean, log_std, *anchor).sum(-1).mean()
-        value = soft_value(*critics, obs, mean, log_std, noise, alpha)
+        with frozen(*critics):
+            value = soft_value(*critics, obs, mean, log_std, noise, alpha)
         shortfall = hinge(soft_advantage(value, old_value, spread), weights, args.c, args.gamma)
         if not shortfall > 0:                                          # reached: not one step more
             break
@@ -677,7 +692,6 @@ def correct(args: Args, learners: MultiTaskSAC, optimizer: torch.optim.Optimizer
         correction_loss(kl, shortfall, args.penalty).backward()
         optimizer.step()
         steps += 1
-    learners.qf1.requires_grad_(True), learners.qf2.requires_grad_(True)
     with torch.no_grad():
         kl = gaussian_kl(*learners.actor(obs), *anchor).sum(-1).mean() if steps else torch.zeros(())
     return {"advantage": advantages, "hinge": first, "kl": kl, "steps": torch.tensor(float(steps))}
@@ -1003,7 +1017,7 @@ def set_world(world: dict, envs: SyncVectorEnv, rng: np.random.Generator) -> np.
     rng.bit_generator.state = json.loads(world["numpy"])
     torch.set_rng_state(world["torch"])
     if world["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(world["cuda"])
+        torch.cuda.set_rng_state_all(world["cuda"][:torch.cuda.device_count()])
     for env, simulator in zip(envs.envs, world["simulators"]):
         env.unwrapped.set_state(simulator["state"])
         env.unwrapped.np_random.bit_generator.state = json.loads(simulator["rng"])
@@ -1221,6 +1235,8 @@ def read_args(settings: type, argv: list[str] | None = None):
         if about["script"] != Path(__file__).stem:
             raise Failure(f"{flag} {folder}: that run was made by {about['script']}.py; use that script")
         stored = {key: tuple(v) if isinstance(v, list) else v for key, v in about["args"].items()}     # JSON has lists
+        if args.evaluate:
+            stored["capture_video"] = False                            # a picture is drawn when it is asked for
         stored = settings(**stored | {"runs_dir": Path(stored["runs_dir"]), "resume": None, "evaluate": None})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Failure(f"{flag} {folder}: no args.json there that this version can read ({error}); "
@@ -1241,6 +1257,10 @@ def run_script(settings: type, main) -> None:
     except Failure as failure:
         print(f"{Path(sys.argv[0]).name}: {failure}", file=sys.stderr)
         sys.exit(failure.status)
+    except ModuleNotFoundError as error:                               # one that is imported where it is used
+        print(f"{Path(sys.argv[0]).name}: these settings need the package {error.name}, which is not installed; the "
+              "first lines of this file list all of them, and uv run installs them", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:
         print(f"{Path(sys.argv[0]).name}: {error}; the last checkpoint is intact. Free some space, or make the run "
               "folder writable, then --resume it", file=sys.stderr)

@@ -45,6 +45,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from importlib.metadata import version
@@ -177,9 +178,9 @@ class Args:
             if getattr(self, name) is None:
                 setattr(self, name, value)
         if self.distill_every is None:
-            self.distill_every = max(1, self.total_timesteps // 10)
-        if self.seed < 0:
-            raise ValueError(f"--seed must be at least 0, got {self.seed}")
+            self.distill_every = -(-self.total_timesteps // 10)
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed must be from 0 to 2**32 - 1, got {self.seed}")
         for name in ("total_timesteps", "eval_every", "eval_episodes", "checkpoint_every", "train_every",
                      "gradient_steps", "batch_size", "buffer_size", "hidden_size", "distill_every", "distill_steps",
                      "learning_starts"):
@@ -761,6 +762,19 @@ def pairwise_kl(mean: Tensor, log_std: Tensor) -> Tensor:
     return gaussian_kl(mean.detach()[None], log_std.detach()[None], mean[:, None], log_std[:, None]).mean((2, 3))
 
 
+@contextmanager
+def frozen(*nets: nn.Module):
+    """The networks let gradients through and get none themselves; what a reader has frozen for good stays so."""
+    params = [param for net in nets for param in net.parameters() if param.requires_grad]
+    for param in params:
+        param.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for param in params:
+            param.requires_grad_(True)
+
+
 def update(args: Args, learners: Learners, optimizers: dict, batch: list[Tensor]) -> dict[str, Tensor]:
     """One SAC step for every task: critics, policies, temperatures, targets. Returns the losses, (T,) each.
 
@@ -779,9 +793,8 @@ def update(args: Args, learners: Learners, optimizers: dict, batch: list[Tensor]
 
     mean, log_std = learners.actor(obs)
     pi, log_prob = squash(mean, log_std, torch.randn_like(mean))
-    learners.qf1.requires_grad_(False), learners.qf2.requires_grad_(False)     # the gradient only passes through them
-    pi_loss = actor_loss(torch.min(learners.qf1(obs, pi), learners.qf2(obs, pi)), log_prob, alpha)
-    learners.qf1.requires_grad_(True), learners.qf2.requires_grad_(True)
+    with frozen(learners.qf1, learners.qf2):
+        pi_loss = actor_loss(torch.min(learners.qf1(obs, pi), learners.qf2(obs, pi)), log_prob, alpha)
     losses = {"critic": q_loss, "actor": pi_loss}
     if args.method in ("dnc", "dnc-reg"):
         states = obs[:, :max(1, obs.shape[1] // len(obs))].flatten(0, 1)       # every task's, (S, O)
@@ -1114,7 +1127,7 @@ def set_world(world: dict, envs: SyncVectorEnv, rng: np.random.Generator) -> np.
     rng.bit_generator.state = json.loads(world["numpy"])
     torch.set_rng_state(world["torch"])
     if world["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(world["cuda"])
+        torch.cuda.set_rng_state_all(world["cuda"][:torch.cuda.device_count()])
     for env, simulator in zip(envs.envs, world["simulators"]):
         env.unwrapped.set_state(simulator["state"])
         env.unwrapped.np_random.bit_generator.state = json.loads(simulator["rng"])
@@ -1332,6 +1345,8 @@ def read_args(settings: type, argv: list[str] | None = None):
         if about["script"] != Path(__file__).stem:
             raise Failure(f"{flag} {folder}: that run was made by {about['script']}.py; use that script")
         stored = {key: tuple(v) if isinstance(v, list) else v for key, v in about["args"].items()}     # JSON has lists
+        if args.evaluate:
+            stored["capture_video"] = False                            # a picture is drawn when it is asked for
         stored = settings(**stored | {"runs_dir": Path(stored["runs_dir"]), "resume": None, "evaluate": None})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Failure(f"{flag} {folder}: no args.json there that this version can read ({error}); "
@@ -1352,6 +1367,10 @@ def run_script(settings: type, main) -> None:
     except Failure as failure:
         print(f"{Path(sys.argv[0]).name}: {failure}", file=sys.stderr)
         sys.exit(failure.status)
+    except ModuleNotFoundError as error:                               # one that is imported where it is used
+        print(f"{Path(sys.argv[0]).name}: these settings need the package {error.name}, which is not installed; the "
+              "first lines of this file list all of them, and uv run installs them", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:
         print(f"{Path(sys.argv[0]).name}: {error}; the last checkpoint is intact. Free some space, or make the run "
               "folder writable, then --resume it", file=sys.stderr)

@@ -102,8 +102,8 @@ class Args:
     """probability of a random action in training, before its decay by 1e-6 of itself per step of the policy"""
 
     def __post_init__(self):
-        if self.seed < 0:
-            raise ValueError(f"--seed must be at least 0, got {self.seed}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed must be from 0 to 2**32 - 1, got {self.seed}")
         for name in ("trials", "total_timesteps", "eval_every", "eval_episodes", "checkpoint_every", "m_step_size",
                      "evals_per_m_step"):
             if getattr(self, name) < 1:
@@ -726,6 +726,8 @@ def read_args(settings: type, argv: list[str] | None = None):
         if about["script"] != Path(__file__).stem:
             raise Failure(f"{flag} {folder}: that run was made by {about['script']}.py; use that script")
         stored = {key: tuple(v) if isinstance(v, list) else v for key, v in about["args"].items()}     # JSON has lists
+        if args.evaluate:
+            stored["capture_video"] = False                            # a picture is drawn when it is asked for
         stored = settings(**stored | {"runs_dir": Path(stored["runs_dir"]), "resume": None, "evaluate": None})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Failure(f"{flag} {folder}: no args.json there that this version can read ({error}); "
@@ -746,6 +748,10 @@ def run_script(settings: type, main) -> None:
     except Failure as failure:
         print(f"{Path(sys.argv[0]).name}: {failure}", file=sys.stderr)
         sys.exit(failure.status)
+    except ModuleNotFoundError as error:                               # one that is imported where it is used
+        print(f"{Path(sys.argv[0]).name}: these settings need the package {error.name}, which is not installed; the "
+              "first lines of this file list all of them, and uv run installs them", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:
         print(f"{Path(sys.argv[0]).name}: {error}; the last checkpoint is intact. Free some space, or make the run "
               "folder writable, then --resume it", file=sys.stderr)

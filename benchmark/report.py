@@ -187,7 +187,7 @@ def mean_known(columns: list[np.ndarray]) -> np.ndarray:
 
 
 def together(curves: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Steps that all seeds have seen, mean and standard deviation over seeds there; between its points a curve is straight."""
+    """Steps that all seeds have seen; mean and standard deviation over seeds there, straight between their points."""
     steps = curves[0][0][curves[0][0] <= min(own[-1] for own, _ in curves)]
     values = np.array([np.interp(steps, own, value) for own, value in curves])
     return steps, values.mean(0), deviation(values)

@@ -50,7 +50,8 @@ DIVERGES = {"qmp_sac.py": "--lr 1 --gradient-steps 200",  # a step this long ove
             "multitask_a2c.py": "--lr 1 --max-grad-norm 0 --value-coef 1e38 --checkpoint-every 10",
             "distill_a2c.py": "--lr 1 --max-grad-norm 0 --value-coef 1e38 --checkpoint-every 10",
             "picor_sac.py": "--lr 1 --hidden-sizes 64 64 64 64 --total-timesteps 4000",
-            "pcgrad_sac.py": "--lr 1 --critic-lr 1 --max-grad-norm 0 --hidden-sizes 64 64 64 64"}
+            "pcgrad_sac.py": "--lr 1 --critic-lr 1 --max-grad-norm 0 --hidden-sizes 64 64 64 64",
+            "dgrad_arch_sac.py": "--lr 1 --critic-lr 1 --max-grad-norm 0 --hidden-sizes 64 64 64 64"}
 every_script = pytest.mark.parametrize("script", [path.name for path in SCRIPTS])
 # Scripts whose loop and blocks others share word for word: what takes whole runs is left to `-m slow` for them
 SISTERS = {"pcgrad_sac.py", "dgrad_arch_sac.py", "picor_sac.py", "distill_a2c.py", "iqn_em_atari.py"}
@@ -262,7 +263,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(script, command_line, tmp_p
 
 # --- evaluate ------------------------------------------------------------------------------------------------------
 @every_script
-def test_evaluate_writes_nothing_but_the_picture_asked_for(script, straight_run, monkeypatch, capsys):
+def test_evaluate_writes_nothing_but_the_picture_asked_for(script, straight_run, monkeypatch, capsys, tmp_path):
     run = straight_run(script)
     before = {path: path.stat().st_mtime_ns for path in run.iterdir()}
     run_here(script, f"--evaluate {run} --eval-episodes 2", monkeypatch)
@@ -275,12 +276,26 @@ def test_evaluate_writes_nothing_but_the_picture_asked_for(script, straight_run,
         film.seek(film.n_frames - 1)
         assert film.n_frames >= 4 and film.convert("RGB").tobytes() != first
     (run / "tasks.gif").unlink()
+    filmed, about = tmp_path / "filmed", json.loads((run / "args.json").read_text())
+    shutil.copytree(run, filmed)                          # a run that was asked for a picture after training
+    (filmed / "args.json").write_text(json.dumps(about | {"args": about["args"] | {"capture_video": True}}))
+    run_here(script, f"--evaluate {filmed} --eval-episodes 1", monkeypatch)
+    assert not (filmed / "tasks.gif").exists()
+
+
+@pytest.mark.parametrize("script, every", [("pcgrad_sac.py", 60), ("dgrad_arch_sac.py", 60), ("picor_sac.py", 40)])
+def test_evaluating_more_often_changes_no_training_number(script, every, tmp_path, monkeypatch, straight_run):
+    run_here(script, f"{QUICK[script]} --eval-every {every} --runs-dir {tmp_path}", monkeypatch)
+    often, seldom = (torch.load(run / "checkpoint.pt", weights_only=True)
+                     for run in (only_run(tmp_path), straight_run(script)))
+    assert len(metrics(only_run(tmp_path))) > len(metrics(straight_run(script))) + 3
+    assert same(often["learners"], seldom["learners"]) and same(often["buffer"], seldom["buffer"])
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------
 BAD = [
     ("--env nowhere", "Expected one of"), ("--method nothing", "nothing"),
-    ("--seed -1", "--seed must be at least 0"), ("--total-timesteps 0", "--total-timesteps must be"),
+    ("--seed -1", "--seed must be from 0"), ("--seed 4294967296", "--seed must be from 0"), ("--total-timesteps 0", "--total-timesteps must be"),
     ("--total-timesteps -5", "at least 1"), ("--total-timesteps many", "many"), ("--no-such-flag 1", "no-such-flag"),
     ("--lr 0", "--lr must be"), ("--gamma 1.5", "--gamma must be"),
     ("--resume {missing}", "args.json"), ("--evaluate {missing}", "args.json"),
@@ -373,6 +388,16 @@ def test_bad_input_gets_one_helpful_message(script, arguments, says, tmp_path, m
     message = re.sub(r"[│╭╮╰╯─\s]+", " ", output.out + output.err)             # without tyro's box
     assert stop.value.code == 2 and says in message and "Traceback" not in message
     assert before == ((run / "metrics.csv").read_bytes(), (run / "checkpoint.pt").read_bytes())
+
+
+@pytest.mark.parametrize("script, flags", [("qmp_sac.py", "--env metaworld"), ("picor_sac.py", "--env mt4"),
+                                           ("pcgrad_sac.py", ""), ("dgrad_arch_sac.py", "")])
+def test_a_package_that_is_not_there(script, flags, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "metaworld", None)
+    with pytest.raises(SystemExit) as stop:
+        run_here(script, f"{flags} --seed 987 --runs-dir {tmp_path / 'runs'}", monkeypatch)       # a seed not seen yet
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "the package metaworld, which is not installed" in error and "uv run" in error
 
 
 @pytest.mark.parametrize("script", [path.name for path in SCRIPTS if path.name != "tabular_em.py"])

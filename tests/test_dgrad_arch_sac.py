@@ -56,6 +56,24 @@ def test_a_task_network_starts_at_the_same_scale_as_the_table(diagonal):
         assert matrix.var().item() == pytest.approx(1.0 if diagonal else 1 / 64, rel=0.35) and beta.abs().max() == 0
 
 
+@pytest.mark.parametrize("task_net_hidden", [0, 4])
+@pytest.mark.parametrize("split", [False, True])
+def test_frozen_matrices_stay_in_policy_and_critics(task_net_hidden, split):
+    """The page's third exercise."""
+    args = dg.Args(**SMALL | dict(task_net_hidden=task_net_hidden, m_init="gaussian"))
+    learners = dg.make_modular_learners(args, 3, 5, 2)
+    optimizers = learners.make_optimizers(1e-2, 1e-2)
+    batch = [torch.randn(3, 8, 5), torch.rand(3, 8, 2), torch.randn(3, 8), torch.randn(3, 8, 5), torch.zeros(3, 8)]
+    params = {name: param for name, param in learners.named_parameters() if "target" not in name}
+    before = {name: param.clone() for name, param in params.items()}
+    for net in (learners.actor.net, learners.qf1.net, learners.qf2.net):
+        net.tables.requires_grad_(False)
+    for _ in range(3):
+        dg.joint_update(learners, optimizers, batch, 0.99, 0.005, 1.0, split)
+    stayed = {name for name, param in params.items() if torch.equal(param, before[name])}
+    assert stayed == {name for name in params if ".tables." in name} and len(stayed) == 6
+
+
 def test_a_tasks_batch_leaves_the_other_tasks_layers_without_gradient():
     for net in (modular(), modular(diagonal=True, m_init="identity")):
         net(torch.randn(3, 7, 5))[1].square().sum().backward()

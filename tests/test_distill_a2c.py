@@ -228,6 +228,8 @@ def test_evaluating_more_often_changes_no_training_number(tmp_path):
     runs = [di.load_checkpoint(di.train(di.Args(**SMALL | dict(eval_every=every, runs_dir=tmp_path / str(every)))))
             for every in (200, 40)]
     assert all(torch.equal(value, runs[1]["learners"][name]) for name, value in runs[0]["learners"].items())
+    rows = [len(next(tmp_path.glob(f"{every}/*/metrics.csv")).read_text().splitlines()) for every in (200, 40)]
+    assert rows[1] > rows[0] + 3
 
 
 def test_a_run_stopped_among_the_teachers_goes_on_with_them(tmp_path, monkeypatch):

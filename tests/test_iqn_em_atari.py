@@ -1,5 +1,6 @@
 """EM with quantile networks: losses by hand, an update in float64, the replay frame by frame, who plays what."""
 import math
+import re
 from types import SimpleNamespace
 
 import ale_py
@@ -294,6 +295,12 @@ def test_the_replays_size_is_reported_and_refused(monkeypatch, capsys, tmp_path)
     with pytest.raises(iqn.Failure, match=r"grow to 102 GB, and there are 16 GB of .* --buffer-size 37792 would fit"):
         iqn.train(iqn.Args(runs_dir=tmp_path))
     assert not list(tmp_path.iterdir()) and 48 * 37_792 * 7_056 < 0.81 * 16e9
+    with pytest.raises(iqn.Failure) as refused:                                # here the steps limit what is needed
+        iqn.train(iqn.Args(total_timesteps=10_000_000, runs_dir=tmp_path))
+    fits = int(re.search(r"--buffer-size (\d+) would fit", str(refused.value))[1])
+    assert "the replay grows to" in iqn.plan_memory(iqn.Args(total_timesteps=10_000_000, buffer_size=fits))
+    with pytest.raises(iqn.Failure, match=r"would fit$"):                      # laptop is what was asked for
+        iqn.plan_memory(iqn.Args(preset="laptop", total_timesteps=10_000_000, buffer_size=10_000_000))
     iqn.train(small(total_timesteps=20, m_step_size=10, runs_dir=tmp_path))
     assert "the replay grows to 0.00 GB, of 16 GB" in capsys.readouterr().out
 
@@ -457,6 +464,18 @@ def test_whole_episodes_are_played_until_there_are_enough(monkeypatch):
     assert sum(seed is not None for _, seed in played) == 4 and len(played) == 3 + 3 + 1 + 2      # a seed per pair
     result = iqn.play_games(args, Clock(), nets, pairs, np.random.default_rng(0), min_episodes=2, frames=True)
     assert [len(values) for values in result["returns"]] == [2, 2, 2, 2] and len(result["frames"]) == 10
+
+
+def test_a_parameter_that_is_not_finite_stops_the_run(tmp_path):
+    folder = iqn.train(small(runs_dir=tmp_path))
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    key = next(key for key in state["learners"] if key.endswith("weight"))
+    state["learners"][key].view(-1)[0] = float("nan")
+    torch.save(state, folder / "checkpoint.pt")
+    before, steps = (folder / "checkpoint.pt").read_bytes(), str(2 * state["global_step"])
+    with pytest.raises(iqn.Failure, match=r"is not finite at step [\d,]+"):
+        iqn.train(iqn.read_args(iqn.Args, ["--resume", str(folder), "--total-timesteps", steps]))
+    assert (folder / "checkpoint.pt").read_bytes() == before
 
 
 def test_evaluating_more_often_changes_no_training_number(tmp_path):

@@ -290,6 +290,8 @@ def test_evaluating_more_often_changes_no_training_number_and_draws_nothing(tmp_
             for every in (300, 60)]
     assert all(torch.equal(value, runs[1]["learners"][name]) for name, value in runs[0]["learners"].items())
     assert torch.equal(runs[0]["torch"], runs[1]["torch"])
+    rows = [len(next(tmp_path.glob(f"{every}/*/metrics.csv")).read_text().splitlines()) for every in (300, 60)]
+    assert rows[1] > rows[0] + 3
 
 
 def test_time_upside_down_is_counted_per_cheetah(monkeypatch, capsys):

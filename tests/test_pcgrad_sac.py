@@ -178,12 +178,18 @@ def test_each_optimizer_has_its_own_step_size():
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
-def test_a_frozen_layer_stays_and_the_others_learn(frozen):
+@pytest.mark.parametrize("layer", [0, 2])                             # of the trunk, of the heads
+def test_a_frozen_layer_stays_and_the_others_learn(frozen, layer):
     learners, optimizers, batch = learners_and_batch("multihead")
-    learners.actor.net.weights[-1].requires_grad_(False) if frozen else None
-    before = [weight.clone() for weight in learners.actor.net.weights]
-    step(learners, optimizers, batch, split=True, orders=in_order(1, 2, 3), max_grad_norm=1.0)
-    assert [torch.equal(*pair) for pair in zip(before, learners.actor.net.weights)] == [False, False, bool(frozen)]
+    nets = [learners.actor.net, learners.qf1.net, learners.qf2.net]
+    for net in nets:
+        net.weights[layer].requires_grad_(not frozen)
+    before = [[weight.clone() for weight in net.weights] for net in nets]
+    for split in (True, False, True):                                  # the critics pass gradients on in between
+        step(learners, optimizers, batch, split=split, orders=in_order(1, 2, 3), max_grad_norm=1.0)
+    for net, weights in zip(nets, before):
+        stays = [torch.equal(*pair) for pair in zip(weights, net.weights)]
+        assert stays == [bool(frozen) and i == layer for i in range(3)]
 
 
 def test_one_task_is_the_single_task_sac_of_the_sister_script():

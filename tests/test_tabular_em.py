@@ -197,6 +197,8 @@ def test_rows_more_often_change_no_training_number(tmp_path):
     runs = [em.load_checkpoint(em.train(em.Args(total_timesteps=8_000, trials=2, eval_every=period,
                                                 runs_dir=tmp_path / str(period)))) for period in (2_000, 8_000)]
     assert torch.equal(runs[0]["q"], runs[1]["q"])
+    assert [len(list(tmp_path.glob(f"{period}/*/metrics.csv"))[0].read_text().splitlines())
+            for period in (2_000, 8_000)] == [5, 2]
 
 
 def test_both_counters(tmp_path):
