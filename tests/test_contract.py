@@ -295,8 +295,9 @@ def test_evaluating_more_often_changes_no_training_number(script, every, tmp_pat
 # --- bad input -----------------------------------------------------------------------------------------------------
 BAD = [
     ("--env nowhere", "Expected one of"), ("--method nothing", "nothing"),
-    ("--seed -1", "--seed must be from 0"), ("--seed 4294967296", "--seed must be from 0"), ("--total-timesteps 0", "--total-timesteps must be"),
-    ("--total-timesteps -5", "at least 1"), ("--total-timesteps many", "many"), ("--no-such-flag 1", "no-such-flag"),
+    ("--seed -1", "--seed must be from 0"), ("--seed 4294967296", "--seed must be from 0"),
+    ("--total-timesteps 0", "--total-timesteps must be"), ("--total-timesteps -5", "at least 1"),
+    ("--total-timesteps many", "many"), ("--no-such-flag 1", "no-such-flag"),
     ("--lr 0", "--lr must be"), ("--gamma 1.5", "--gamma must be"),
     ("--resume {missing}", "args.json"), ("--evaluate {missing}", "args.json"),
     ("--resume {other_script}", "other_script.py"), ("--evaluate {other_script}", "other_script.py"),

@@ -411,6 +411,27 @@ def test_parameter_counts_are_printed_beside_the_baselines(method, heads, tmp_pa
     assert sizes == [plain + 2 * 8 * 17 * (heads or method == "multihead"), plain]
 
 
+@both_scripts
+def test_means_since_the_last_evaluation_survive_a_stop(script, tmp_path, monkeypatch):
+    settings, counts = SMALL | dict(total_timesteps=300, checkpoint_every=180, watch_every=5), []
+    log, save = script.log_conflicts, script.Run.save
+
+    def note(run, names, conflicts, *rest):
+        counts.append(conflicts["critic"]["cosine"][1])
+        return log(run, names, conflicts, *rest)
+    monkeypatch.setattr(script, "log_conflicts", note)
+    monkeypatch.setattr(script.Run, "save", lambda run, state: (
+        save(run, state), setattr(run, "stop_signal", 15 if state["global_step"] == 180 else None)))
+    with pytest.raises(SystemExit):
+        script.train(script.Args(**settings | dict(runs_dir=tmp_path / "stopped")))
+    monkeypatch.setattr(script.Run, "save", save)
+    folder, = (tmp_path / "stopped").iterdir()
+    assert counts == []                                                        # stopped before the evaluation
+    script.train(script.read_args(script.Args, ["--resume", str(folder)]))
+    script.train(script.Args(**settings | dict(runs_dir=tmp_path / "straight")))
+    assert counts[0] == counts[1] > 5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("env", ["mt10", "mt50"])
 def test_the_large_families_run_evaluate_and_resume(env, tmp_path):
