@@ -158,7 +158,7 @@ class Args:
     horizon: int | None = None
     """steps after which an episode is cut off; None: the preset of --env"""
     num_goals: int = 1
-    """Meta-World: goals per task, 1 to 50; the paper has one, drawn by the seed"""
+    """Meta-World: goals per task, 1 to 50; the paper has one, drawn by the seed; with more, raise --eval-episodes"""
     learning_starts: int | None = None
     """random actions per task before the first update; None: the preset of --env"""
     batch_size: int | None = None

@@ -124,6 +124,8 @@ class Args:
         if self.m_step_size % self.evals_per_m_step:
             raise ValueError(f"--m-step-size {self.m_step_size} cannot be split into {self.evals_per_m_step} equal "
                              f"parts; let --evals-per-m-step divide it")
+        round_of_all = self.num_policies * self.m_step_size
+        self.total_timesteps = round_of_all * -(-self.total_timesteps // round_of_all)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

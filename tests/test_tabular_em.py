@@ -201,6 +201,12 @@ def test_rows_more_often_change_no_training_number(tmp_path):
             for period in (2_000, 8_000)] == [5, 2]
 
 
+def test_runs_are_rounded_up_to_whole_m_steps(tmp_path):
+    args = em.Args(total_timesteps=1_000, m_step_size=501, evals_per_m_step=3, trials=1, runs_dir=tmp_path)
+    assert args.total_timesteps == 2_004                                       # four policies
+    assert em.load_checkpoint(em.train(args))["global_step"] == 2_004
+
+
 def test_both_counters(tmp_path):
     table = rows(em.train(em.Args(total_timesteps=6_000, trials=2, runs_dir=tmp_path)))
     assert table["global_step"].tolist() == [2_000, 4_000, 6_000]
