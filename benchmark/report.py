@@ -221,9 +221,9 @@ def draw(results: Path, runs: dict[str, dict], figure: dict) -> None:
             axis.plot(steps, mean, "-" if k < 10 else "--",
                       label=f"{label} ({len(curves)} {'seed' if len(curves) == 1 else 'seeds'})")
             axis.fill_between(steps, mean - std, mean + std, alpha=0.2)
-        axis.set(xlabel="environment steps", ylabel=shows, xlim=(None, longest(runs, figure)))
+        axis.set(xlabel="environment steps", ylabel=shows, xlim=(0, longest(runs, figure)))
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    picture.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3 * len(axes), frameon=False)
+    picture.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2 * len(axes), frameon=False)
     picture.suptitle(figure["title"])
     if own:
         for name in own:
@@ -274,7 +274,7 @@ def draw_tasks(results: Path, runs: dict[str, dict], figure: dict) -> None:
                               label=f"{method} ({len(known)})")
                     axis.fill_between(steps, mean - std, mean + std, color=f"C{colour}", alpha=0.15)
             axis.set(title=task, ylabel=f"{'training ' * training}{kind}" if i % columns == 0 else "",
-                     xlim=(None, longest(runs, figure)))
+                     xlim=(0, longest(runs, figure)))
             if kind == "success":
                 axis.set_ylim(-0.03, 1.03)
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
