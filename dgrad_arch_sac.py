@@ -56,6 +56,7 @@ import torch.nn as nn
 import tyro
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -826,6 +827,7 @@ def plot_conflicts(folder: Path, names: list[str], history: list) -> None:
         row[4].plot(table["global_step"], table[f"{network}_cosine"], label="mean cosine")
         row[4].axhline(0, color="black", linewidth=0.5)
         row[4].set(xlabel="environment steps", title=network)
+        row[4].xaxis.set_major_formatter(EngFormatter(sep=""))
         row[4].legend(frameon=False, fontsize=8)
     figure.colorbar(image, ax=axes[:, :4], label="cosine between gradients of two tasks")
     figure.savefig(folder / "conflicts.png", dpi=120)
@@ -976,6 +978,7 @@ def plot_curves(folder: Path, names: list[str]) -> None:
                       label=name)
         axis.plot(table["global_step"], table[f"mean_{kind}"], "k", linewidth=2.5, label="mean")
         axis.set(xlabel="environment steps, summed over tasks", ylabel=f"evaluated {kind}")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     figure.savefig(folder / "curves.png", dpi=120)
 

@@ -50,6 +50,7 @@ import torch
 import torch.nn as nn
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from mujoco.rollout import Rollout
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -805,6 +806,7 @@ def plot_divergence(folder: Path, names: list[str], loss: str) -> None:
         axis.plot(table["global_step"], table[f"{name}/{loss}"], ".-", label=name)
     axis.set(xlabel="environment steps, summed over tasks", yscale="log",
              ylabel="KL [nats]" if loss == "kl" else "mean squared difference")
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.legend(frameon=False)
     figure.savefig(folder / "divergence.png", dpi=120)
 
@@ -925,6 +927,7 @@ def plot_curves(folder: Path, names: list[str]) -> None:
                       label=name)
         axis.plot(table["global_step"], table[f"mean_{kind}"], "k", linewidth=2.5, label="mean")
         axis.set(xlabel="environment steps, summed over tasks", ylabel=f"evaluated {kind}")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     figure.savefig(folder / "curves.png", dpi=120)
 

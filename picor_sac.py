@@ -58,6 +58,7 @@ import torch.nn as nn
 import tyro
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -956,9 +957,11 @@ def plot_weights(folder: Path, names: list[str]) -> None:
     for name in names:
         left.plot(table["global_step"], table[f"{name}/weight"], label=name)
     left.set(xlabel="environment steps, summed over tasks", ylabel="weight of the task", ylim=(0, 1))
+    left.xaxis.set_major_formatter(EngFormatter(sep=""))
     left.legend(frameon=False, fontsize=8)
     right.plot(table["global_step"], table["corrected"])
     right.set(xlabel="environment steps, summed over tasks", ylabel="share of updates with a correction", ylim=(0, 1))
+    right.xaxis.set_major_formatter(EngFormatter(sep=""))
     if np.nanmax(table["kl"], initial=0) > 0:
         kl = right.twinx()
         kl.semilogy(table["global_step"], table["kl"], color="C1", linestyle="--")
@@ -1111,6 +1114,7 @@ def plot_curves(folder: Path, names: list[str]) -> None:
                       label=name)
         axis.plot(table["global_step"], table[f"mean_{kind}"], "k", linewidth=2.5, label="mean")
         axis.set(xlabel="environment steps, summed over tasks", ylabel=f"evaluated {kind}")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     figure.savefig(folder / "curves.png", dpi=120)
 

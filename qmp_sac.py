@@ -61,6 +61,7 @@ import torch.nn as nn
 import tyro
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -1055,6 +1056,7 @@ def plot_stages(folder: Path, names: list[str]) -> None:
         axis.fill_between(table["global_step"], table[f"{name}/stages"], alpha=0.4)
         axis.plot(table["global_step"], table[f"{name}/stages"])
         axis.set(title=name, xlabel="environment steps", ylim=(0, 3.05))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.supylabel("stages completed")
     figure.savefig(folder / "stages.png", dpi=120)
 
@@ -1221,6 +1223,7 @@ def plot_curves(folder: Path, names: list[str]) -> None:
                       label=name)
         axis.plot(table["global_step"], table[f"mean_{kind}"], "k", linewidth=2.5, label="mean")
         axis.set(xlabel="environment steps, summed over tasks", ylabel=f"evaluated {kind}")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     figure.savefig(folder / "curves.png", dpi=120)
 

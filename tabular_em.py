@@ -47,6 +47,7 @@ import numpy as np
 import torch
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from PIL import Image, ImageDraw
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -478,6 +479,7 @@ def plot_returns(folder: Path, tasks: Tasks) -> None:
     axis.axhline(optimal_returns(tasks, shortest=False).mean(), color="grey", linestyle=":",
                  label="optimal within the evaluation's cap")
     axis.set(xlabel="training steps, summed over policies", ylabel="return, mean over tasks")
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.legend(frameon=False)
     figure.savefig(folder / "returns.png", dpi=120)
 
@@ -497,6 +499,7 @@ def plot_assignment(path: Path, names: list[str], history: list, num_policies: i
         axis.set_yticks(range(len(names)), names, fontsize=6)
         axis.set(ylabel=f"policy {policy}", ylim=(len(names) - 0.5, -0.5))
     axes[-1].set_xlabel("training steps, summed over policies")
+    axes[-1].xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.colorbar(dots, ax=axes, label=label)
     figure.savefig(path, dpi=120)
 
@@ -604,6 +607,7 @@ def plot_curves(folder: Path, names: list[str]) -> None:
                       label=name)
         axis.plot(table["global_step"], table[f"mean_{kind}"], "k", linewidth=2.5, label="mean")
         axis.set(xlabel="environment steps, summed over tasks", ylabel=f"evaluated {kind}")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     figure.savefig(folder / "curves.png", dpi=120)
 
