@@ -300,7 +300,7 @@ def interval(scores: np.ndarray, digits: int) -> str:
 
 
 def compared(high: list[float], low: list[float]) -> str:
-    """In words, whether one sample of runs is above another by more than both spread."""
+    """In words, whether one sample of runs is above another by more than the root of the sum of both variances."""
     gap, noise = np.mean(high) - np.mean(low), np.hypot(deviation(high), deviation(low))
     word = "within the spread of seeds" if abs(gap) <= noise else "agrees" if gap > 0 else "does not agree"
     return f"{word} (difference {gap:.3g}, spread {noise:.3g})"

@@ -85,11 +85,15 @@ class Job:
 
     def differs(self) -> str:
         """A message if the folder holds a run with other flags, of another scale perhaps; else nothing."""
-        path, mine = self.folder / "flags", shlex.join(self.flags)
+        path, mine = self.folder / "flags", self.flags_as_typed()
         if not path.exists() or path.read_text().strip() == mine:
             return ""
         return (f"{self.folder} holds a run with other flags; give another --runs-dir, or delete it\n"
                 f"  it has     {path.read_text().strip()}\n  asked for  {mine}")
+
+    def flags_as_typed(self) -> str:
+        """The flags, wherever the folder of all runs lies and however its name is given."""
+        return shlex.join(self.flags).replace(f"{self.folder.parents[1]}/", "{runs_dir}/")
 
     def command(self) -> list[str]:
         """The plain command line that starts the run, or that goes on with it."""
@@ -100,7 +104,7 @@ class Job:
 
     def run(self) -> int:
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "flags").write_text(shlex.join(self.flags) + "\n")
+        (self.folder / "flags").write_text(self.flags_as_typed() + "\n")
         with open(self.folder / "log.txt", "a") as log:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             status = subprocess.run(self.command(), stdout=log, stderr=subprocess.STDOUT, env=environment).returncode

@@ -131,6 +131,24 @@ def test_ctrl_c_stops_the_runner_and_its_runs_and_other_flags_are_refused(tmp_pa
     assert "--num-policies 3" in output and not list(folder.glob("bad-s2"))
 
 
+def test_a_run_is_the_same_wherever_its_folder_is_and_is_reported_only_with_its_own_flags(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [tmp_path / "runs", run.Path("runs")]                              # of a job of a cluster, of a reader
+    job, again = (run.jobs_of(run.Args("a2c-table1", runs_dir=name, seeds=(1,)))[0] for name in names)
+    assert job.flags != again.flags and "{runs_dir}/a2c-table1-source" in job.flags_as_typed()
+    job.folder.mkdir(parents=True)
+    (job.folder / "flags").write_text(job.flags_as_typed() + "\n")
+    assert again.differs() == ""
+    again.flags.append("--lr")
+    assert "holds a run with other flags" in again.differs()
+    folder = tmp_path / "runs" / "tiny" / "em-s1"
+    folder.mkdir(parents=True)
+    (folder / "finished").touch(), (folder / "flags").write_text("--env chain\n")
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    with pytest.raises(SystemExit, match="em-s1 holds a run with other flags"):
+        report.main(report.Args("tiny", runs_dir=tmp_path / "runs"))
+
+
 def test_jobs_are_handed_to_a_cluster(tmp_path, monkeypatch):
     """SLURM's place is taken by submitit's local executor; the figure is a real one, cut short."""
     pytest.importorskip("submitit")

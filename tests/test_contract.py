@@ -327,6 +327,7 @@ BAD_FOR = {
                              ("--action-scale 3", "at most 2"), ("--env track --action-scale 2", "at most 1"),
                              ("--evals-per-m-step 7", "let --evals-per-m-step divide it"),
                              ("--evals-per-m-step 0", "--evals-per-m-step must be"),
+                             ("--method sp --evals-per-m-step 300000", "cannot be split into 300000"),
                              ("--exploration-noise nan", "--exploration-noise must be"),
                              ("--resume {run} --method random-clusters", "--method em, not random-clusters")],
     "pcgrad_sac.py": [*MT_BAD, ("--tasks reach", "at least two tasks"), ("--combine product", "product"),

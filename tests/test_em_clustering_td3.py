@@ -635,6 +635,20 @@ def test_only_surgery_projects(method, monkeypatch):
     assert len(calls) == (3 if method == "surgery" else 0)                      # two critics and the actor
 
 
+@pytest.mark.parametrize("method", ["em", "multihead", "surgery"])
+def test_a_frozen_layer_stays_and_the_others_learn(method):
+    args = small(method)
+    learners = em.TD3Learners(args, 3, 1)
+    optimizers, nets = learners.make_optimizers(1e-3), [learners.actor, learners.qf1, learners.qf2]
+    for net in nets:
+        net.weights[1].requires_grad_(False)                                    # one matrix for all tasks, with heads
+    before = [[weight.clone() for weight in net.weights] for net in nets]
+    for _ in range(3):
+        em.td3_update(args, learners, optimizers, batch_of(args.num_policies), 2.0, True, np.random.default_rng(0))
+    for net, weights in zip(nets, before):
+        assert [torch.equal(*pair) for pair in zip(weights, net.weights)] == [False, True, False]
+
+
 def test_no_episode_survives_its_assignment(probes, tmp_path, monkeypatch):
     class Long(Probe):                                                          # never ends by itself
         def step(self, action):
