@@ -83,10 +83,11 @@ def test_jobs_come_seed_by_seed_with_the_flags_of_entry_method_and_scale(tiny):
         run.Args("tiny", methods=("em", "ppt"))
 
 
-def runner(tmp_path, *arguments):
+def runner(tmp_path, *arguments, steps=8_000):
     """benchmark/run.py as a process, with the tiny figure among the others."""
+    figure = TINY | {"laptop": {"steps": steps, "seeds": [1, 2]}}
     code = (f"import sys; sys.path.insert(0, {str(ROOT / 'benchmark')!r}); import run, tyro; "
-            f"run.FIGURES['tiny'] = {TINY!r}; run.main(tyro.cli(run.Args))")
+            f"run.FIGURES['tiny'] = {figure!r}; run.main(tyro.cli(run.Args))")
     return subprocess.Popen([sys.executable, "-c", code, "tiny", "--runs-dir", str(tmp_path), *arguments], text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -117,7 +118,7 @@ def test_a_killed_runner_loses_nothing_and_repeats_nothing_and_failures_stop_nob
 
 def test_ctrl_c_stops_the_runner_and_its_runs_and_other_flags_are_refused(tmp_path):
     folder = tmp_path / "tiny"
-    first = runner(tmp_path, "--workers", "1", "--seeds", "2")
+    first = runner(tmp_path, "--workers", "1", "--seeds", "2", steps=4_000_000)        # too many to be done in time
     while not list(folder.glob("em-s2/*/checkpoint.pt")):
         assert first.poll() is None, first.communicate()
         time.sleep(0.01)
