@@ -29,7 +29,7 @@ docs/em_clustering_td3.md:
 
     python em_clustering_td3.py                           # seven pendulums, four policies
     python em_clustering_td3.py --method sp --seed 2      # one policy for all
-    python em_clustering_td3.py --env track --batch-size 100 --update-every 1
+    python em_clustering_td3.py --env track --hidden-sizes 128 128
 """
 from __future__ import annotations
 
