@@ -16,7 +16,7 @@ negative, a few steps raise it, close to what SAC has just found. Tasks that are
     A(s, pi) of the new policy over the old              soft_advantage
     max(0, c (1 - gamma) - sum_z w_z A_z), Eq. 10        hinge
     D_KL(pi || pi') + lambda / 2 hinge^2, Eq. 10         correction_loss, correct
-    phase 1, SAC on the active task, Eq. 6 and 7         critic_phase, policy_phase
+    phase 1, SAC on the active task, Eq. 6 and 7         critic_phase, policy_phase, temperature_phase
 
 Differences from the paper, each explained in docs/picor_sac.md:
 1. What the paper leaves open is decided as follows: soft advantages on both sides with common random numbers, in units
@@ -156,6 +156,8 @@ class Args:
     """leave the entropy out of the advantage; the hinge then fights what SAC has just improved"""
     alpha_init: float = 0.2
     """entropy temperature at the start [reward per nat]"""
+    alpha_all: bool = False
+    """move the temperatures of all tasks at each update, on the states of phase 2, not only the active task's"""
     horizon: int | None = None
     """steps after which an episode is cut off; None: the preset of --env"""
     num_goals: int = 1
@@ -202,6 +204,9 @@ class Args:
         if not self.c <= 0:
             raise ValueError(f"--c must be at most 0, as it says how much may be lost, got {self.c}")
         batches = {"picor": self.critic_batch, "mtsac": self.mtsac_batch, "independent": "active"}.get(self.method)
+        if self.alpha_all and not (self.method == "picor" and self.correction):
+            raise ValueError("--alpha-all moves temperatures on the states of phase 2, which only --method picor has, "
+                             "and not with --no-correction; leave it out")
         if self.critic_heads and batches == "active":
             raise ValueError(f"--critic-heads needs batches of all tasks, or heads would move while it is not their "
                              f"turn, and --method {self.method} has batches of one here; use --method picor with "
@@ -343,7 +348,7 @@ class CheetahEnv(SavableEnv):
     """HalfCheetah-v5 with one kind of body part smaller or larger.
 
     Observation (17 + T,): joint positions without x, all velocities, and the task, one-hot. Action (6,): torques.
-    Reward x speed - 0.1 |a|^2; never terminates. Success: faster than 3 m/s on that step, 150 m in an episode.
+    Reward x speed - 0.1 |a|^2; never terminates. Success: faster than 3 m/s on that step.
     """
 
     def __init__(self, variant: str, one_hot: np.ndarray):
@@ -638,25 +643,32 @@ def frozen(*nets: nn.Module):
             param.requires_grad_(True)
 
 
-def policy_phase(learners: MultiTaskSAC, optimizers: dict, obs: Tensor, tasks: list[int], scale: float = 1.0) -> Tensor:
-    """Eq. 7, a step of the policy and of the temperatures on states of K tasks, (K, B, O); the loss, (K,).
+def policy_phase(learners: MultiTaskSAC, optimizer: torch.optim.Optimizer, obs: Tensor, tasks: list[int],
+                 scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Eq. 7, a step of the policy on states of K tasks, (K, B, O).
 
     Args:
-        scale: multiplies the policy's loss.
+        scale: multiplies the loss.
+    Returns:
+        The loss, (K,), and the log-probabilities of the actions it was taken with, (K, B).
     """
     mean, log_std = learners.actor(obs)
     actions, log_prob = squash(mean, log_std, torch.randn_like(mean))
     with frozen(learners.qf1, learners.qf2):
         q = torch.min(of_tasks(learners.qf1, tasks)(obs, actions), of_tasks(learners.qf2, tasks)(obs, actions))
     loss = actor_loss(q, log_prob, learners.log_alpha.detach().exp()[tasks][:, None])
-    optimizers["actor"].zero_grad()
+    optimizer.zero_grad()
     (scale * loss).mean().backward()
-    optimizers["actor"].step()
+    optimizer.step()
+    return loss.detach(), log_prob.detach()
+
+
+def temperature_phase(learners: MultiTaskSAC, optimizers: dict, log_prob: Tensor, tasks: list[int]) -> None:
+    """A step of the temperatures of K tasks towards the target entropy; log_prob (K, B), without a gradient."""
     optimizer = optimizers["alpha" if len(tasks) > 1 else f"alpha{tasks[0]}"]
     optimizer.zero_grad()
-    temperature_loss(learners.log_alpha[tasks], log_prob.detach(), learners.target_entropy).sum().backward()
+    temperature_loss(learners.log_alpha[tasks], log_prob, learners.target_entropy).sum().backward()
     optimizer.step()
-    return loss.detach()
 
 
 def correct(args: Args, learners: MultiTaskSAC, optimizer: torch.optim.Optimizer, obs: Tensor,
@@ -728,7 +740,10 @@ def picor_update(args: Args, learners: MultiTaskSAC, optimizers: dict, buffer: T
             old = learners.actor(states)
     obs = batch[0] if policy_tasks == critic_tasks else buffer.sample(rng, policy_tasks, args.batch_size)[0]
     scale = len(every) * weights[task].item() if args.method == "picor" and not correcting else 1.0
-    found["actor"] = policy_phase(learners, optimizers, obs, policy_rows, scale)
+    found["actor"], log_prob = policy_phase(learners, optimizers["actor"], obs, policy_rows, scale)
+    if args.alpha_all:                                                 # also of the tasks whose turn it is not
+        policy_rows, log_prob = every, squash(*old, torch.randn_like(old[0]))[1]
+    temperature_phase(learners, optimizers, log_prob, policy_rows)
     if correcting:
         found |= correct(args, learners, optimizers["correction"], states, old, weights)
     move_targets(learners, args.tau)

@@ -349,6 +349,7 @@ BAD_FOR = {
     "picor_sac.py": [("--tasks nowhere", "north-east"), ("--tasks north-east north-east", "different"),
                      ("--c 0.1", "--c must be at most 0"),
                      ("--critic-heads --critic-batch active", "--critic-batch all"),
+                     ("--alpha-all --no-correction", "phase 2"), ("--alpha-all --method mtsac", "phase 2"),
                      ("--method mtsac --mtsac-batch active --critic-heads", "--mtsac-batch mixed"),
                      ("--env mt4 --horizon 501", "from 1 to 500"), ("--num-goals 0", "from 1 to 50"),
                      ("--batch-size 3", "use at least 4"), ("--penalty -1", "--penalty must be"),
