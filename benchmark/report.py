@@ -5,7 +5,7 @@ training episodes achieved, the pictures of seed 1, and in runs.json command, ve
 tidy.csv (a row per run, evaluation and task), curves.png, tasks.png and summary.md: means and standard deviations over
 seeds, the interquartile mean with a stratified bootstrap interval (rliable), and a verdict for each ordering that the
 paper claims. The summary also goes to the script's page in docs/, between <!-- FIGURE --> and <!-- /FIGURE -->. Without
-runs it does all that with what benchmark/results/ holds.
+runs it does all that with what benchmark/results/ holds. With --scale paper all of these are FIGURE-paper.
 """
 from __future__ import annotations
 
@@ -43,6 +43,8 @@ class Args:
     """which of its runs: the same as for benchmark/run.py"""
     runs_dir: Path = Path("runs")
     """where benchmark/run.py has put the runs"""
+    seeds: tuple[int, ...] = ()
+    """of which runs; none given: the scale's"""
 
     def __post_init__(self):
         figure = run.figure_named(self.figure)
@@ -53,16 +55,21 @@ class Args:
 
 # --- what the runs say -----------------------------------------------------------------------------------------------
 def collect(args: Args) -> Path:
-    """Copy what finished runs have measured."""
-    figure, results = run.FIGURES[args.figure], RESULTS / args.figure
+    """Copy what finished runs have measured; the paper's scale has a folder of its own."""
+    figure, results = run.FIGURES[args.figure], RESULTS / (args.figure + "-paper" * (args.scale == "paper"))
     results.mkdir(parents=True, exist_ok=True)
     known = json.loads((results / "runs.json").read_text()) if (results / "runs.json").exists() else {}
-    plain = run.jobs_of(run.Args(args.figure, scale=args.scale))       # with the default folder in their commands
-    for job, as_typed in zip(run.jobs_of(run.Args(args.figure, scale=args.scale, runs_dir=args.runs_dir)), plain):
+    plain, found = (run.jobs_of(run.Args(args.figure, scale=args.scale, seeds=args.seeds, runs_dir=where))
+                    for where in (Path("runs"), args.runs_dir))        # plain: the default folder in their commands
+    for job, as_typed in zip(found, plain):
+        name, command = job.folder.name, " ".join(["python", job.script, *as_typed.flags])
+        if not job.finished and name in known and known[name]["command"] != command:
+            sys.exit(f"{results / name}.csv is of a run with other flags; delete it and its entry in runs.json\n"
+                     f"  it has     {known[name]['command']}\n  asked for  {command}")
         if job.finished:
             if job.differs():
                 sys.exit(job.differs())
-            folder, name = sorted(job.folder.glob("*/metrics.csv"))[-1].parent, job.folder.name
+            folder = sorted(job.folder.glob("*/metrics.csv"))[-1].parent
             shutil.copy(folder / "metrics.csv", results / f"{name}.csv")
             if (folder / "mixture.csv").exists():
                 shutil.copy(folder / "mixture.csv", results / f"{name}-mixture.csv")
@@ -73,7 +80,7 @@ def collect(args: Args) -> Path:
                 np.savetxt(results / f"{name}-training.csv", rows, "%.4g", ",", comments="",
                            header=",".join(["global_step", *tasks]))
             about, table = json.loads((folder / "args.json").read_text()), read(folder / "metrics.csv")
-            known[name] = {"command": " ".join(["python", job.script, *as_typed.flags]), "versions": about["versions"],
+            known[name] = {"command": command, "versions": about["versions"],
                            "hours": round(table["seconds"][-1] / 3600, 2), "steps": int(table["global_step"][-1]),
                            "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread"}
     if known:
@@ -122,14 +129,16 @@ def runs_of(results: Path, figure: dict) -> dict[str, dict]:
     own = {method: tables(results, method) for method in figure["methods"]}
     if "compared_with" in figure:
         other = figure["compared_with"]
-        own |= {method: tables(results.parent / other, method)
+        own |= {method: tables(place_of(results, method, figure), method)
                 for method in figure.get("compared_methods", run.FIGURES[other]["methods"])}
     return {method: found for method, found in own.items() if found}
 
 
 def place_of(results: Path, method: str, figure: dict) -> Path:
     """The results that hold a method's files."""
-    return results if method in figure["methods"] else results.parent / figure["compared_with"]
+    if method in figure["methods"]:
+        return results
+    return results.parent / (figure["compared_with"] + "-paper" * results.name.endswith("-paper"))
 
 
 def kind_of(figure: dict) -> str:
@@ -302,6 +311,8 @@ def interval(scores: np.ndarray, digits: int) -> str:
 def compared(high: list[float], low: list[float]) -> str:
     """In words, whether one sample of runs is above another by more than the root of the sum of both variances."""
     gap, noise = np.mean(high) - np.mean(low), np.hypot(deviation(high), deviation(low))
+    if not np.isfinite(gap):
+        return "cannot be compared, as a value is missing"
     word = "within the spread of seeds" if abs(gap) <= noise else "agrees" if gap > 0 else "does not agree"
     return f"{word} (difference {gap:.3g}, spread {noise:.3g})"
 
@@ -368,12 +379,14 @@ def summary(results: Path, runs: dict[str, dict], figure: dict) -> str:
     lines += ["", *(verdict(claim, runs, measure, by) for by in judged_by for claim in figure["expected"])]
     if (results / "runs.json").exists():
         known = json.loads((results / "runs.json").read_text())
-        hours = [about["hours"] for about in known.values()]
-        versions = next(iter(known.values()))["versions"]
-        runs_of_hours = (f"One run of {hours[0]:.1f} hours" if len(hours) == 1 else
-                         f"{len(hours)} runs of at most {math.ceil(60 * max(hours))} min each" if max(hours) < 0.2 else
-                         f"{len(hours)} runs of {min(hours):.1f} to {max(hours):.1f} hours each")
-        lines += ["", f"{runs_of_hours}, one thread, torch {versions['torch']}; commands: "
+        hours, steps = ([about[key] for about in known.values()] for key in ("hours", "steps"))
+        lengths = " to ".join(f"{number:,}" for number in sorted({min(steps), max(steps)}))
+        lasting = (f"{hours[0]:.1f} hours" if len(hours) == 1 else
+                   f"at most {math.ceil(60 * max(hours))} min each" if max(hours) < 0.2 else
+                   f"{min(hours):.1f} to {max(hours):.1f} hours each")
+        count = "One run" if len(hours) == 1 else f"{len(hours)} runs"
+        version = next(iter(known.values()))["versions"]["torch"]
+        lines += ["", f"{count} of {lengths} steps, {lasting}, one thread, torch {version}; commands: "
                       f"`benchmark/results/{results.name}/runs.json`."]
     return "\n".join(lines) + "\n"
 
@@ -415,12 +428,12 @@ def main(args: Args) -> None:
     text = summary(results, runs, figure)
     (results / "summary.md").write_text(text)
     page = run.ROOT / "docs" / figure["script"].replace(".py", ".md")
-    begin, end = f"<!-- {args.figure} -->", f"<!-- /{args.figure} -->"
+    begin, end = f"<!-- {results.name} -->", f"<!-- /{results.name} -->"
     words = page.read_text()
     if begin in words:
         head, rest = words.split(begin)
-        page.write_text(f"{head}{begin}\n{text}\n![curves](../benchmark/results/{args.figure}/curves.png)\n"
-                        f"![tasks](../benchmark/results/{args.figure}/tasks.png)\n{end}"
+        page.write_text(f"{head}{begin}\n{text}\n![curves](../benchmark/results/{results.name}/curves.png)\n"
+                        f"![tasks](../benchmark/results/{results.name}/tasks.png)\n{end}"
                         + rest.split(end)[1])
     print(text)
 

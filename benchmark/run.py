@@ -2,15 +2,17 @@
 
 The figures are the entries of benchmark/figures.toml. Each run is a plain command of one script, with one thread and a
 folder of its own, RUNS_DIR/FIGURE/METHOD-sSEED/. Runs that are finished are skipped, runs that were interrupted go on
-from their checkpoint, a run that fails does not stop the others and is named at the end. With --launcher slurm each run
-becomes a job of a cluster, through submitit: start the same command again to go on with those that were cut off.
+from their checkpoint, a run that fails does not stop the others and is named at the end; one that another process is
+making is left to it. With --launcher slurm each run becomes a job of a cluster, through submitit: start the same
+command again to go on with those that were cut off.
 """
 from __future__ import annotations
 
-import glob
+import fcntl
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -78,6 +80,8 @@ class Job:
     script: str
     flags: list[str]
     steps: int
+    began: float | None = None
+    process: subprocess.Popen | None = None
 
     @property
     def finished(self) -> bool:
@@ -95,22 +99,41 @@ class Job:
         """The flags, wherever the folder of all runs lies and however its name is given."""
         return shlex.join(self.flags).replace(f"{self.folder.parents[1]}/", "{runs_dir}/")
 
+    def missing(self) -> str:
+        """A message if a flag stands for the folder of another figure's run and that is not finished; else nothing."""
+        for source in (Path(flag).parent for flag in self.flags if "*" in flag):
+            if not (source / "finished").exists():
+                return (f"{self.folder.name} starts from {source}, which holds no finished run; first: "
+                        f"python benchmark/run.py {source.parent.name} --runs-dir {source.parents[1]}")
+        return ""
+
     def command(self) -> list[str]:
         """The plain command line that starts the run, or that goes on with it."""
         checkpoints = sorted(self.folder.glob("*/checkpoint.pt"))
-        start = [found for flag in self.flags for found in ("*" in flag and sorted(glob.glob(flag))) or [flag]]
+        start = [str(sorted(Path(flag).parent.glob(f"{Path(flag).name}/checkpoint.pt"))[-1].parent) if "*" in flag
+                 else flag for flag in self.flags]
         go_on = ["--resume", str(checkpoints[-1].parent)] if checkpoints else []
         return [sys.executable, str(ROOT / self.script), *(go_on or [*start, "--runs-dir", str(self.folder)])]
 
-    def run(self) -> int:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "flags").write_text(self.flags_as_typed() + "\n")
-        with open(self.folder / "log.txt", "a") as log:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            status = subprocess.run(self.command(), stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
-        if status == 0:
-            (self.folder / "finished").touch()
-        return status
+    def run(self) -> str:
+        """Make the run; nothing if it is finished then, else why not."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.folder / "lock", "w") as lock, open(self.folder / "log.txt", "a") as log:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)       # the run keeps it if we are killed
+                (self.folder / "flags").write_text(self.flags_as_typed() + "\n")
+                self.began = time.time()
+                self.process = subprocess.Popen(self.command(), stdout=log, stderr=subprocess.STDOUT,
+                                                env={**os.environ, "OMP_NUM_THREADS": "1"}, pass_fds=[lock.fileno()])
+                status = self.process.wait()
+        except BlockingIOError:
+            return "another process is making it"
+        except OSError as error:
+            return str(error)
+        if status:
+            return f"status {status}: see {self.folder / 'log.txt'}"
+        (self.folder / "finished").touch()
+        return ""
 
     def step(self) -> int:
         """How far the run is, by the last line of its log that says so."""
@@ -128,7 +151,7 @@ def jobs_of(args: Args) -> list[Job]:
         for method, own in figure["methods"].items():
             if not args.methods or method in args.methods:
                 text = " ".join([figure["flags"], own, scale.get("flags", ""), scale.get("own", {}).get(method, "")])
-                flags = shlex.split(text.format(runs_dir=args.runs_dir, seed=seed))
+                flags = [flag.format(runs_dir=args.runs_dir, seed=seed) for flag in shlex.split(text)]
                 flags += ["--seed", str(seed)] + ["--total-timesteps", str(scale.get("steps"))] * ("steps" in scale)
                 steps = int(flags[flags.index("--total-timesteps") + 1])
                 jobs.append(Job(args.runs_dir / args.figure / f"{method}-s{seed}", figure["script"], flags, steps))
@@ -136,12 +159,12 @@ def jobs_of(args: Args) -> list[Job]:
 
 
 def watch(jobs: list[Job], done: threading.Event) -> None:
-    """A progress line per job; tqdm tells the time left from the steps."""
-    started = {job.folder: job.step() for job in jobs}
-    bars = [tqdm(total=job.steps, initial=started[job.folder], desc=job.folder.name, position=i, unit="step",
-                 unit_scale=True, disable=not sys.stderr.isatty()) for i, job in enumerate(jobs)]
+    """A progress line per job; tqdm tells the time left from the steps since the job began."""
+    bars = [tqdm(total=job.steps, initial=job.step(), desc=job.folder.name, position=i, unit="step", unit_scale=True,
+                 smoothing=0, disable=not sys.stderr.isatty()) for i, job in enumerate(jobs)]
     while not done.wait(5):
         for bar, job in zip(bars, jobs):
+            bar.start_t = job.began or time.time()
             bar.update(job.step() - bar.n)
     for bar in bars:
         bar.close()
@@ -151,18 +174,28 @@ def run_here(args: Args, waiting: list[Job]) -> list[str]:
     """Run the jobs, --workers at a time; what to say of those that failed."""
     done, started, failed = threading.Event(), time.time(), []
     watcher = threading.Thread(target=watch, args=(waiting, done))
-    watcher.start()
     pool = ThreadPoolExecutor(args.workers)
+
+    def stop(*_) -> None:
+        """What SIGTERM does: Ctrl-C reaches the runs by itself, this does not."""
+        pool.shutdown(wait=False, cancel_futures=True)
+        for job in waiting:
+            if job.process and job.process.poll() is None:
+                job.process.terminate()
+        raise KeyboardInterrupt
+    before = signal.signal(signal.SIGTERM, stop)
+    watcher.start()
     try:
-        for job, status in zip(waiting, pool.map(Job.run, waiting)):
-            if status:
-                failed.append(f"{job.folder.name} (status {status}): see {job.folder / 'log.txt'}")
+        for job, problem in zip(waiting, pool.map(Job.run, waiting)):
+            if problem:
+                failed.append(f"{job.folder.name} ({problem})")
             elif not sys.stderr.isatty():
                 print(f"{job.folder.name} done after {(time.time() - started) / 60:.0f} min", flush=True)
     finally:
         pool.shutdown(cancel_futures=True)                             # after Ctrl-C, which the runs got as well
         done.set()
         watcher.join()
+        signal.signal(signal.SIGTERM, before)
     return failed
 
 
@@ -204,9 +237,13 @@ def main(args: Args) -> None:
         sys.exit("\n".join(differing))
     if args.dry_run:
         for job in jobs:
-            print("finished: " * job.finished + shlex.join(["python", job.script, *job.flags]))
+            flags = [*job.flags, "--runs-dir", str(job.folder)]
+            quoted = [flag if "*" in flag else shlex.quote(flag) for flag in flags]    # the shell is to expand *
+            print("finished: " * job.finished + " ".join(["python", job.script, *quoted]))
         return
     waiting = [job for job in jobs if not job.finished]
+    if lacking := [job.missing() for job in waiting if job.missing()]:
+        sys.exit("\n".join(lacking))
     print(f"{figure['title']}: {len(jobs)} runs, {len(jobs) - len(waiting)} of them finished before")
     report = f"python benchmark/report.py {args.figure} --scale {args.scale} --runs-dir {args.runs_dir}"
     if args.launcher == "slurm":

@@ -105,7 +105,7 @@ def test_a_killed_runner_loses_nothing_and_repeats_nothing_and_failures_stop_nob
     second = runner(tmp_path, "--workers", "2", "--seeds", "1")
     output, _ = second.communicate()
     assert second.returncode == 1 and "3 runs, 1 of them finished before" in output
-    assert re.search(r"these runs failed:\nbad-s1 \(status 2\): see \S+log.txt$", output.strip())
+    assert re.search(r"these runs failed:\nbad-s1 \(status 2: see \S+log.txt\)$", output.strip())
     assert (folder / "em-s1" / "log.txt").stat().st_mtime_ns == done           # not touched again
     assert len(list(folder.glob("sp-s1/grid*"))) == 1                          # one run folder: it was resumed
     about = json.loads(next(folder.glob("sp-s1/*/args.json")).read_text())
@@ -130,6 +130,49 @@ def test_ctrl_c_stops_the_runner_and_its_runs_and_other_flags_are_refused(tmp_pa
     output, _ = other.communicate()
     assert other.returncode == 1 and "em-s2 holds a run with other flags; give another --runs-dir" in output
     assert "--num-policies 3" in output and not list(folder.glob("bad-s2"))
+
+
+def test_a_run_is_made_by_one_process_and_ends_with_its_runner(tmp_path):
+    folder, arguments = tmp_path / "tiny", ("--seeds", "2", "--methods", "em")
+    first = runner(tmp_path, *arguments, steps=4_000_000)
+    while not list(folder.glob("em-s2/*/checkpoint.pt")):
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.01)
+    output, _ = runner(tmp_path, *arguments, steps=4_000_000).communicate(timeout=60)
+    assert "these runs failed:\nem-s2 (another process is making it)" in output
+    assert len(list(folder.glob("em-s2/grid*"))) == 1 and first.poll() is None
+    first.terminate()                                                  # the runner alone, as a cluster or `kill` does
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode == 130 and "stopped, and the runs with it" in output
+    with open(folder / "em-s2" / "lock") as lock:
+        run.fcntl.flock(lock, run.fcntl.LOCK_EX | run.fcntl.LOCK_NB)           # its run is gone
+    assert not (folder / "em-s2" / "finished").exists()
+    first = runner(tmp_path, *arguments, steps=4_000_000)
+    log = folder / "em-s2" / "log.txt"
+    while log.read_text().count("writing to") + log.read_text().count("going on") < 2:
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.01)
+    first.kill()                                                       # so that it cannot stop its run
+    first.wait()
+    output, _ = runner(tmp_path, *arguments, steps=4_000_000).communicate(timeout=60)
+    assert "another process is making it" in output
+    os.killpg(first.pid, signal.SIGKILL)
+
+
+def test_a_run_starts_from_anothers_only_when_that_is_finished(tmp_path):
+    job = run.jobs_of(run.Args("a2c-table2-distillation", runs_dir=tmp_path / "my runs", seeds=(2,)))[0]
+    source = tmp_path / "my runs" / "a2c-table2" / "scratch-s2"
+    for name in ("cheetah__1", "cheetah__2"):                          # the first was killed before a checkpoint
+        (source / name).mkdir(parents=True)
+    (source / "cheetah__2" / "checkpoint.pt").touch()
+    assert "holds no finished run; first: python benchmark/run.py a2c-table2 --runs-dir" in job.missing()
+    (source / "finished").touch()
+    assert job.missing() == ""
+    command = job.command()
+    assert command[command.index("--teachers") + 1] == str(source / "cheetah__2")
+    job.folder.parent.mkdir(parents=True)
+    job.folder.touch()                                                 # a file in its place: no reason to stop others
+    assert "File exists" in job.run()
 
 
 def test_a_run_is_the_same_wherever_its_folder_is_and_is_reported_only_with_its_own_flags(tiny, tmp_path, monkeypatch):
@@ -257,6 +300,10 @@ def test_verdicts_by_hand(low, word):
     assert f"difference {(10 - np.mean(low)) / 4:.3g}, spread 0.354)" in said
 
 
+def test_a_missing_value_is_no_verdict():
+    assert "cannot be compared" in report.compared([1.0, np.nan, 2.0], [0.0, 0.0, 0.0])
+
+
 def test_a_report_is_drawn_from_real_runs_and_again_from_its_results(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     monkeypatch.setitem(run.FIGURES, "tiny", TINY | {"methods": {"em": "--method em", "sp": "--method sp"}})
@@ -282,7 +329,14 @@ def test_a_report_is_drawn_from_real_runs_and_again_from_its_results(tiny, tmp_p
     assert sum(line.startswith("em,1,") for line in tidy) == 12 * len(rows)
     (folder / "curves.png").unlink()
     report.main(report.Args("tiny", runs_dir=tmp_path / "nowhere"))            # the runs are gone, the results stay
-    assert (folder / "curves.png").exists() and "4 runs of" in capsys.readouterr().out
+    assert (folder / "curves.png").exists() and "4 runs of 8,000 steps, at most" in capsys.readouterr().out
+    monkeypatch.setitem(run.FIGURES["tiny"], "laptop", {"steps": 12_000, "seeds": [1, 2]})
+    with pytest.raises(SystemExit, match="em-s1.csv is of a run with other flags"):
+        report.main(report.Args("tiny", runs_dir=tmp_path / "nowhere"))
+    with pytest.raises(SystemExit, match="no finished runs"):                  # another scale has results of its own
+        report.main(report.Args("tiny", scale="paper", runs_dir=tmp_path / "nowhere"))
+    other = report.place_of(tmp_path / "mine-paper", "x", {"methods": {}, "compared_with": "other"})
+    assert other == tmp_path / "other-paper"
 
 
 @pytest.mark.slow
