@@ -128,6 +128,8 @@ class Args:
     action_scale: float = 1.0
     """largest mean action of a policy. On the pendulum, whose torque limit is 2, the paper's text says 2 and the
     authors' code has 1"""
+    flat_ground: bool = False
+    """legs: no bumps on flat ground, as in the paper's text; the authors' code has some, 2 to 12 cm high"""
     timeout_is_terminal: bool = False
     """no bootstrapping at time limits, as in the authors' code"""
     exploration_noise: float | None = None
@@ -198,7 +200,9 @@ class Args:
             raise ValueError(f"--m-step-size {self.m_step_size} cannot be split into {self.evals_per_m_step} equal "
                              f"parts; let --evals-per-m-step divide it")
         round_of_all = self.num_policies * self.m_step_size
-        self.total_timesteps = round_of_all * max(1, round(self.total_timesteps / round_of_all))
+        self.total_timesteps = round_of_all * max(1, int(self.total_timesteps / round_of_all + 0.5))
+        if self.flat_ground and self.env != "legs":
+            raise ValueError(f"--flat-ground is for the bumps of --env legs, got --env {self.env}; leave it out")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -353,7 +357,11 @@ class WalkerEnv(bipedal_walker.BipedalWalker):
 
 def make_env(args: Args, allowed: list[int], horizon: int) -> gym.Env:
     """An environment that plays the tasks of `allowed`, with its time limit and with the statistics of its episodes."""
-    env = PendulumEnv(allowed) if args.env == "pendulum" else WalkerEnv(EVENTS[args.env], allowed)
+    if args.env == "pendulum":
+        env = PendulumEnv(allowed)
+    else:
+        env = WalkerEnv([event._replace(stumps="") if args.flat_ground and event.stump_height == 0 else event
+                         for event in EVENTS[args.env]], allowed)
     return gym.wrappers.RecordEpisodeStatistics(gym.wrappers.TimeLimit(env, horizon))
 
 
@@ -727,6 +735,9 @@ def train(args: Args) -> Path | None:
     capacity = min(args.buffer_size, args.total_timesteps // n)
     buffer = ReplayBuffer(n, capacity, obs_size, action_size, device)
     num_updates, eval_steps, history = 0, 0, []                        # history: (step, assignment, returns) by E-step
+    if args.resume and global_step == args.total_timesteps:
+        print(f"nothing to train: {global_step:,} steps are done, and --total-timesteps is rounded to whole M-steps of "
+              f"{n * args.m_step_size:,}")
     if args.resume:
         learners.load_state_dict(state["learners"])
         for name, optimizer in optimizers.items():

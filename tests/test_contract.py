@@ -322,6 +322,7 @@ BAD_FOR = {
                       ("--evals-per-m-step 3", "let --evals-per-m-step divide it"),
                       ("--resume {run} --env chain", "--env grid, not chain")],
     "em_clustering_td3.py": [("--num-policies 8", "from 1 to 7"), ("--num-policies 0", "from 1 to 7"),
+                             ("--flat-ground", "--env legs"),
                              ("--method ppt --num-policies 4", "leave --num-policies out"), ("--hidden-sizes 64", "64"),
                              ("--hidden-sizes 0 4", "at least 1"),
                              ("--action-scale 3", "at most 2"), ("--env track --action-scale 2", "at most 1"),

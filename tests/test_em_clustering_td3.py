@@ -192,12 +192,14 @@ def test_walker_rewards_by_hand(monkeypatch):
         assert walker.put(monkeypatch, 12.0, contact=(False, False), speed=9.0) == (0, False, False)
         assert walker.put(monkeypatch, 12.5, 7.0, contact=(True, False)) == (pytest.approx(reward), False, False)
         assert walker.put(monkeypatch, 13.0, 7.0, contact=(True, True)) == (0, False, False)       # no second landing
-        assert walker.put(monkeypatch, finish + 0.1) == (0, True, True)
+        assert walker.put(monkeypatch, finish - 0.01) == (0, False, False)
+        assert walker.put(monkeypatch, finish + 0.01) == (0, True, True)
         walker.airborne = True
         assert walker.put(monkeypatch, 14.0, game_over=True) == (-100, True, False)
     for name in em.TASKS["legs"]:
         assert Puppet(EVENT[name]).put(monkeypatch, 50, game_over=True) == (7.5, True, False)      # the stock reward
-        assert Puppet(EVENT[name]).put(monkeypatch, 88.7) == (7.5, True, True)
+        assert Puppet(EVENT[name]).put(monkeypatch, 88.66) == (7.5, False, False)
+        assert Puppet(EVENT[name]).put(monkeypatch, 88.67) == (7.5, True, True)
 
 
 def test_the_nine_and_the_six_walkers():
@@ -207,6 +209,22 @@ def test_the_nine_and_the_six_walkers():
     assert em.HORIZON["track"] == em.HORIZON["legs"] == em.EVAL_HORIZON["track"] == em.EVAL_HORIZON["legs"] == 2_000
     check_env(em.WalkerEnv(em.EVENTS["legs"], [4]), skip_render_check=True)
     assert em.WalkerEnv(em.EVENTS["track"], [0]).reset(seed=0)[0].dtype == np.float32
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_flat_ground_has_bumps_unless_they_are_switched_off(flat):
+    args = em.Args(env="legs", flat_ground=flat)
+    for task, name in enumerate(em.TASKS["legs"]):
+        walker = em.make_env(args, [task], 10).unwrapped
+        walker.reset(seed=0)
+        stumps = [body for body in walker.terrain if len(body.fixtures[0].shape.vertices) == 4]
+        assert bool(stumps) == (not flat or "flat" not in name), name
+        walker.close()
+
+
+def test_total_timesteps_are_rounded_to_whole_m_steps():
+    totals = [em.Args(total_timesteps=total).total_timesteps for total in (1, 299_999, 300_000, 500_000, 1_000_000)]
+    assert totals == [200_000, 200_000, 400_000, 600_000, 1_000_000]
 
 
 # --- E-step and M-step -----------------------------------------------------------------------------------------------
@@ -388,6 +406,16 @@ def batch_of(rows, size=20, obs_size=3):
     torch.manual_seed(0)
     return [torch.randn(rows, size, obs_size), torch.rand(rows, size, 1) * 4 - 2, 10 * torch.randn(rows, size),
             torch.randn(rows, size, obs_size), (torch.rand(rows, size) < 0.3).float()]
+
+
+def test_twins_and_policies_begin_different_and_targets_as_their_networks():
+    torch.manual_seed(0)
+    learners = em.TD3Learners(em.Args(), 3, 1)
+    for one, other in zip(learners.qf1.weights, learners.qf2.weights):
+        assert not torch.equal(one, other) and not torch.equal(one[0], one[1])
+    for name in ("actor", "qf1", "qf2"):
+        for one, other in zip(getattr(learners, name).parameters(), getattr(learners, name + "_target").parameters()):
+            assert torch.equal(one, other) and one is not other
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.5, 0.0])
