@@ -100,7 +100,8 @@ class Args:
     teachers: tuple[Path, ...] = ()
     """run folders of multitask_a2c.py that have all the tasks between them; none: teachers are trained first"""
     teacher_timesteps: int | None = None
-    """environment steps of A2C for teachers that are trained here, summed over tasks; None: 3M per task"""
+    """environment steps of A2C for teachers that are trained here, not --teachers, summed over tasks; None: 3M
+    per task"""
     p_student: float | None = None
     """probability that a rollout is the student's and not the teacher's, paper: p_s; None: 1, or 0 for single"""
     loss: Literal["kl", "mse"] = "kl"
@@ -117,6 +118,8 @@ class Args:
     """RMSprop step size, of teachers and student"""
     gamma: float = 0.99
     """discount factor of the teachers' A2C"""
+    timeout_is_terminal: bool = False
+    """no bootstrapping at time limits, as in the authors' code"""
     value_coef: float = 0.5
     """weight of the squared advantage in the teachers' loss"""
     entropy_coef: float = 0.01
@@ -148,7 +151,7 @@ class Args:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed must be from 0 to 2**32 - 1, got {self.seed}")
         for name in ("value_coef", "entropy_coef", "max_grad_norm"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:                # not a number neither
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(self, name)}")
         for name in ("lr", "gamma"):
             if not 0 < getattr(self, name) <= 1:
@@ -506,7 +509,8 @@ def a2c_update(args: Args, nets: ActorCritic, optimizer: torch.optim.Optimizer, 
     obs, actions, rewards, truncations, final_values, last_value = rollout
     if scale is not None:
         rewards = scale(rewards, truncations, tasks)
-    returns = n_step_returns(rewards, torch.zeros_like(rewards), truncations, final_values, last_value, args.gamma)
+    ends = truncations if args.timeout_is_terminal else torch.zeros_like(rewards)
+    returns = n_step_returns(rewards, ends, truncations, final_values, last_value, args.gamma)
     obs, actions = (x.transpose(0, 1).flatten(1, 2) for x in (obs, actions))       # (K, S * P, ...)
     returns = returns.transpose(0, 1).flatten(1)                                   # (K, S * P)
     nets.filter.update(obs, tasks)                                     # once per update, before the loss
@@ -571,7 +575,8 @@ def load_actor_critic(folder: Path) -> tuple[ActorCritic, list[str]]:
         about = json.loads((folder / "args.json").read_text())
         settings = about["args"]
         if about["script"] != "multitask_a2c":
-            raise Failure(f"{folder} was made by {about['script']}.py; give a run folder of multitask_a2c.py")
+            raise Failure(f"{folder} was made by {about['script']}.py; give a run folder of multitask_a2c.py, or the "
+                          "folder `teachers` of a run that trained its own")
     except (OSError, ValueError, KeyError) as error:
         raise Failure(f"{folder}: no args.json of multitask_a2c.py there ({error}); give its run folder") from error
     nets = ActorCritic(len(settings["tasks"]), settings["hidden_size"], settings["log_std"],

@@ -201,7 +201,7 @@ class Args:
                              f"parts; let --evals-per-m-step divide it")
         round_of_all = self.num_policies * self.m_step_size
         self.total_timesteps = round_of_all * max(1, int(self.total_timesteps / round_of_all + 0.5))
-        if self.flat_ground and self.env != "legs":
+        if self.flat_ground and self.env != "legs" and not (self.resume or self.evaluate):
             raise ValueError(f"--flat-ground is for the bumps of --env legs, got --env {self.env}; leave it out")
 
 

@@ -81,7 +81,7 @@ class Args:
     seed: int = 1
     """seeds every generator: networks, environments, actions"""
     total_timesteps: int | None = None
-    """environment steps, summed over tasks; None: 1M per task, or 3M with scratch, as in the paper"""
+    """environment steps, summed over tasks; None: 1M per task, or 3M with scratch, as in the paper's Table 2"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """where the networks live; auto takes cuda if present, else cpu"""
     eval_every: int = 600_000
@@ -123,6 +123,8 @@ class Args:
     """RMSprop step size"""
     gamma: float = 0.99
     """discount factor"""
+    timeout_is_terminal: bool = False
+    """no bootstrapping at time limits, as in the authors' code"""
     value_coef: float = 0.5
     """weight of the squared advantage in the loss"""
     entropy_coef: float = 0.01
@@ -154,7 +156,7 @@ class Args:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed must be from 0 to 2**32 - 1, got {self.seed}")
         for name in ("value_coef", "entropy_coef", "max_grad_norm"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:                # not a number neither
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(self, name)}")
         for name in ("lr", "gamma"):
             if not 0 < getattr(self, name) <= 1:
@@ -459,7 +461,8 @@ def a2c_update(args: Args, nets: ActorCritic, optimizer: torch.optim.Optimizer, 
     obs, actions, rewards, truncations, final_values, last_value = rollout
     if scale is not None:
         rewards = scale(rewards, truncations, tasks)
-    returns = n_step_returns(rewards, torch.zeros_like(rewards), truncations, final_values, last_value, args.gamma)
+    ends = truncations if args.timeout_is_terminal else torch.zeros_like(rewards)
+    returns = n_step_returns(rewards, ends, truncations, final_values, last_value, args.gamma)
     obs, actions = (x.transpose(0, 1).flatten(1, 2) for x in (obs, actions))       # (K, S * P, ...)
     returns = returns.transpose(0, 1).flatten(1)                                   # (K, S * P)
     nets.filter.update(obs, tasks)                                     # once per update, before the loss

@@ -193,7 +193,7 @@ class Args:
         for name in ("lr", "gamma", "tau"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"--{name} must be above 0 and at most 1, got {getattr(self, name)}")
-        if self.method == "qmp-domain" and self.env != "reacher":
+        if self.method == "qmp-domain" and self.env != "reacher" and not (self.resume or self.evaluate):
             raise ValueError("--method qmp-domain knows how the reacher's tasks are related; use it with --env reacher")
         family = range(len(TASKS[self.env]))
         if self.tasks is not None and (not self.tasks or sorted(set(self.tasks) & set(family)) != sorted(self.tasks)):

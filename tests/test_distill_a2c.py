@@ -82,6 +82,17 @@ def test_an_update_moves_one_head_and_the_trunk_and_no_teacher():
     assert all(torch.equal(value, frozen[name]) for name, value in teachers.state_dict().items())
 
 
+def test_the_students_gradient_is_not_clipped():
+    (student, teachers, _), args = actors(), di.Args(**SMALL)
+    for log_std in student.policy.log_std:
+        log_std.data.fill_(-2.0)                                       # sure of what it does, and wrong
+    before = [param.detach().clone() for param in student.parameters()]
+    optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+    di.distill_update(args, student, teachers, optimizer, torch.randn(1, 10, 17), [0])
+    moves = [(old - new).norm() for old, new in zip(before, student.parameters())]
+    assert torch.stack(moves).norm() > 2                               # teachers and A2C are clipped to 0.5
+
+
 def test_both_hidden_layers_are_shared():
     student = di.Student(6, 64)
     sizes = {name: value.numel() for name, value in student.policy.named_parameters()}
@@ -217,11 +228,14 @@ def test_teachers_trained_here_can_be_read_by_the_sister_script_and_its_own_be_g
 @pytest.mark.parametrize("p_student, expected", [(1.0, {"Student"}), (0.0, {"ActorCritic"}),
                                                  (0.5, {"Student", "ActorCritic"})])
 def test_who_acts(p_student, expected, tmp_path, monkeypatch):
-    actors, visit = set(), di.visit_states
-    monkeypatch.setattr(di, "visit_states",
-                        lambda pool, actor, *a: actors.add(type(actor).__name__) or visit(pool, actor, *a))
+    actors, turns, visit = set(), [], di.visit_states
+
+    def watched(pool, actor, tasks, *a):
+        actors.add(type(actor).__name__), turns.extend(tasks)
+        return visit(pool, actor, tasks, *a)
+    monkeypatch.setattr(di, "visit_states", watched)
     di.train(di.Args(**SMALL | dict(p_student=p_student, runs_dir=tmp_path)))
-    assert actors == expected
+    assert actors == expected and turns == [0, 1] * 20                 # heads take turns: 40 rollouts of 2 x 5 steps
 
 
 def test_evaluating_more_often_changes_no_training_number(tmp_path):

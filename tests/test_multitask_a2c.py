@@ -243,19 +243,22 @@ def test_an_update_keeps_returns_with_their_states_and_bootstraps_time_limits():
     assert doubled[0]["value"] == doubled[1]["value"] != out["value"]
 
 
-def test_the_update_descends_the_papers_loss():
-    args, nets = a2c.Args(**SMALL | dict(max_grad_norm=0.0)), a2c.ActorCritic(1, 8, "parameter", None)
+@pytest.mark.parametrize("ends", [False, True])
+def test_the_update_descends_the_papers_loss(ends):
+    settings = dict(max_grad_norm=0.0, value_coef=0.3, entropy_coef=0.2, gamma=0.9, timeout_is_terminal=ends)
+    args, nets = a2c.Args(**SMALL | settings), a2c.ActorCritic(1, 8, "parameter", None)
     obs, actions, rewards = torch.randn(1, 1, 4, 17), torch.randn(1, 1, 4, 6), torch.randn(1, 1, 4)
-    zeros, last = torch.zeros(1, 1, 4), torch.randn(1, 4)
+    cut, final, last = torch.tensor([[[0.0, 1, 0, 1]]]), torch.randn(1, 1, 4), torch.randn(1, 4)
+    following = torch.where(cut[0] > 0, final[0] * (not ends), last)   # of an episode that the time limit has cut
     probe = copy.deepcopy(nets)
     probe.filter.update(obs[0], [0])
     mean, log_std, values = probe(obs[0], [0])
-    normal, advantage = Normal(mean, log_std.exp()), rewards[0] + 0.99 * last - values
-    loss = (0.5 * advantage.square() - advantage.detach() * normal.log_prob(actions[0]).sum(-1)
-            - 0.01 * normal.entropy().sum(-1)).mean()
+    normal, advantage = Normal(mean, log_std.exp()), rewards[0] + 0.9 * following - values
+    loss = (0.3 * advantage.square() - advantage.detach() * normal.log_prob(actions[0]).sum(-1)
+            - 0.2 * normal.entropy().sum(-1)).mean()
     loss.backward()
     before = [param.detach().clone() for param in nets.parameters()]
-    a2c.a2c_update(args, nets, torch.optim.SGD(nets.parameters(), lr=1.0), (obs, actions, rewards, zeros, zeros, last),
+    a2c.a2c_update(args, nets, torch.optim.SGD(nets.parameters(), lr=1.0), (obs, actions, rewards, cut, final, last),
                    [0])
     for old, new, param in zip(before, nets.parameters(), probe.parameters()):
         torch.testing.assert_close(old - new, param.grad, atol=2e-6, rtol=1e-4)
@@ -316,8 +319,8 @@ def test_rmsprop_and_reward_scale_reach_the_run(tmp_path, monkeypatch):
     made, rmsprop = [], torch.optim.RMSprop
     monkeypatch.setattr(a2c, "HORIZON", 50)
     monkeypatch.setattr(torch.optim, "RMSprop", lambda params, **kw: made.append(kw) or rmsprop(params, **kw))
-    folder = a2c.train(a2c.Args(**SMALL | dict(norm_reward=True, runs_dir=tmp_path)))
-    assert made == [dict(lr=7e-4, alpha=0.99, eps=1e-5)]
+    folder = a2c.train(a2c.Args(**SMALL | dict(norm_reward=True, lr=1e-3, runs_dir=tmp_path)))
+    assert made == [dict(lr=1e-3, alpha=0.99, eps=1e-5)]
     assert (a2c.load_checkpoint(folder)["scale"][1][:, 0] > 100).all()         # counted every reward
 
 
@@ -414,6 +417,7 @@ def test_the_papers_settings_are_the_defaults():
     assert args.tasks == ("SmallFoot", "BigFoot", "SmallLeg", "SmallThigh", "SmallTorso", "BigTorso")
     assert (args.num_envs, args.num_steps, args.hidden_size, args.lr, args.gamma) == (16, 5, 64, 7e-4, 0.99)
     assert (args.value_coef, args.entropy_coef, args.max_grad_norm, args.eval_episodes) == (0.5, 0.01, 0.5, 20)
+    assert args.lr == 7e-4 and not args.timeout_is_terminal
     assert (args.total_timesteps, a2c.Args(method="scratch").total_timesteps) == (6_000_000, 18_000_000)
     assert a2c.HORIZON == 1_000 and sum(p.numel() for p in a2c.Policy(1, 64, (), "parameter").parameters()) == 5_708
 

@@ -522,6 +522,23 @@ def test_reacher_stages_and_termination(monkeypatch):
                     (2, [0, 0, 1], False, False, False), (3, [0, 0, 0], True, False, True)]
 
 
+def test_the_reachers_reward_has_the_stage_after_the_touch_and_the_clipped_effort(monkeypatch):
+    env = qmp.ReacherEnv(3, "strong", "code")                                  # the sparse task pays for time only
+    env.reset(seed=0)
+    monkeypatch.setattr(qmp, "REACHER_GOALS", np.full((4, 3), 9.0))
+    assert env.step(np.zeros(6))[1] == pytest.approx(-0.4 * 3, abs=0.05)
+    twin = qmp.ReacherEnv(3, "strong", "code")
+    twin.reset(seed=0), twin.step(np.zeros(6))
+    twin.step(np.zeros(6))
+    monkeypatch.setattr(qmp, "REACHER_GOALS", np.tile(twin.data.body("hand").xpos, (4, 1)))
+    assert env.step(np.zeros(6))[1] == pytest.approx(-0.4 * 2, abs=0.05)
+    rewards = []
+    for push in (1.0, 9.0):
+        env.reset(seed=0)
+        rewards.append(env.step(np.full(6, push))[1])
+    assert rewards[0] == rewards[1]
+
+
 def test_domain_mixture_follows_the_table_of_shared_stretches():
     args, learners, _, _ = learners_and_batch("qmp-domain", env="reacher", tasks=(0, 1, 4), num_tasks=3, obs_size=15,
                                               action_size=6)
@@ -736,11 +753,15 @@ def test_what_is_stored_at_a_time_limit(monkeypatch, tmp_path):
     assert torch.equal(jumps, (torch.arange(1, 100) % 7 == 0).expand(3, -1))
 
 
-def test_warm_up_acts_with_the_own_policy_until_its_rounds_are_over(tmp_path):
-    counts = {}
+def test_warm_up_acts_with_the_own_policy_until_its_rounds_are_over(tmp_path, monkeypatch):
+    counts, own, behave = {}, [], qmp.behave
+    monkeypatch.setattr(qmp, "behave", lambda args, learners, obs, own_policy: own.append(own_policy) or behave(
+        args, learners, obs, own_policy))
     for warmup in (0, 2, 100):                                                 # fill 200, rounds of 100 steps per task
         args = qmp.Args(**SMALL | dict(method="qmp-multihead", mixture_warmup=warmup, runs_dir=tmp_path / str(warmup)))
+        own.clear()
         counts[warmup] = qmp.load_checkpoint(qmp.train(args))["counts"].diagonal().float().mean() / 600
+        assert sum(own) == {0: 0, 2: 400, 100: 600}[warmup] and own == sorted(own, reverse=True)
     assert counts[100] == 1 and 400 / 600 < counts[2] < 1 and counts[0] < 0.9
 
 
