@@ -701,7 +701,8 @@ def train(args: Args) -> Path | None:
     run = Run(args, names, global_step, state["seconds"])
     if not args.resume:
         for method in dict.fromkeys((args.method, "sac")):             # a comparison needs to know this
-            other = make_modular_learners(replace(args, method=method), num_tasks, obs_size, action_size)
+            with torch.device("meta"):                                 # sizes only
+                other = make_modular_learners(replace(args, method=method), num_tasks, obs_size, action_size)
             sizes = [sum(p.numel() for p in net.parameters()) for net in (other.actor, other.qf1)]
             print(f"parameters of {method}: policy {sizes[0]:,}, each critic {sizes[1]:,}")
 

@@ -589,6 +589,9 @@ def train(args: Args) -> Path | None:
     if global_step > args.total_timesteps:
         raise Failure(f"--resume {args.resume}: that run has {global_step:,} steps already; "
                       f"give a larger --total-timesteps than {args.total_timesteps:,}")
+    if args.resume and global_step == args.total_timesteps:
+        print(f"nothing to train: {global_step:,} steps are done, and --total-timesteps is rounded to whole M-steps of "
+              f"{n * args.m_step_size:,}")
     target_nets = copy.deepcopy(nets)
     optimizers = [torch.optim.Adam(net.parameters(), lr=args.lr, eps=3.125e-4, fused=True) for net in nets]
     replay = defaultdict(lambda: FrameReplay(args.buffer_size))        # by (policy, game)
@@ -742,7 +745,7 @@ def train(args: Args) -> Path | None:
 
 
 def normalised(names: list[str], returns: np.ndarray, tried: np.ndarray) -> dict[str, float]:
-    """Means over the games whose human score is known, each game's own mean clipped at 1, as in the paper's Figure 6.
+    """Means over the games whose human score is known, each game's own mean clipped at 1, as probably in Figure 6.
 
     Args:
         returns: scores of fresh episodes by the assigned policies, (T, episodes).
