@@ -576,7 +576,7 @@ def load_actor_critic(folder: Path) -> tuple[ActorCritic, list[str]]:
         settings = about["args"]
         if about["script"] != "multitask_a2c":
             raise Failure(f"{folder} was made by {about['script']}.py; give a run folder of multitask_a2c.py, or the "
-                          "folder `teachers` of a run that trained its own")
+                          "folder teachers/ in one of distill_a2c.py")
     except (OSError, ValueError, KeyError) as error:
         raise Failure(f"{folder}: no args.json of multitask_a2c.py there ({error}); give its run folder") from error
     nets = ActorCritic(len(settings["tasks"]), settings["hidden_size"], settings["log_std"],
