@@ -152,7 +152,7 @@ class Args:
             raise ValueError(f"--seed must be from 0 to 2**32 - 1, got {self.seed}")
         for name in ("value_coef", "entropy_coef", "max_grad_norm"):
             if not 0 <= getattr(self, name) < math.inf:                # not a number neither
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(self, name)}")
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 0 and finite, got {getattr(self, name)}")
         for name in ("lr", "gamma"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"--{name} must be above 0 and at most 1, got {getattr(self, name)}")

@@ -366,7 +366,7 @@ def train(args: Args) -> Path | None:
         history = [(step, a.numpy(), r.numpy()) for step, a, r in state["history"]]
         for rng, saved in zip(rngs + e_step_rngs + eval_rngs, json.loads(state["generators"])):
             rng.bit_generator.state = saved
-    if args.resume and global_step - n * part >= args.total_timesteps:             # totals are rounded up
+    if args.resume and global_step > args.total_timesteps:
         raise Failure(f"--resume {args.resume}: that run has {global_step:,} steps already; "
                       f"give a larger --total-timesteps than {args.total_timesteps:,}")
 

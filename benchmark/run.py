@@ -80,7 +80,7 @@ class Job:
     script: str
     flags: list[str]
     steps: int
-    began: float | None = None
+    began: float | None = None                            # these two once it runs
     process: subprocess.Popen | None = None
 
     @property
