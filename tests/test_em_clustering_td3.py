@@ -564,10 +564,13 @@ def test_walkers_go_on_with_fresh_episodes(tmp_path, capsys):
     em.EVAL_HORIZON["track"], kept = 30, em.EVAL_HORIZON["track"]
     try:
         folder = em.train(em.Args(**settings))
+        em.train(em.read_args(em.Args, ["--resume", str(folder), "--total-timesteps", "450"]))     # less than an M-step
+        assert "nothing to train: 400 steps are done" in capsys.readouterr().out
         em.train(em.read_args(em.Args, ["--resume", str(folder), "--total-timesteps", "800"]))
     finally:
         em.EVAL_HORIZON["track"] = kept
-    assert "fresh episodes" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "fresh episodes" in said and "nothing to train" not in said
     assert column(folder, "global_step") == [200, 400, 600, 800] and em.load_checkpoint(folder)["num_added"] == 400
 
 

@@ -542,10 +542,12 @@ def test_every_policy_sees_and_stores_its_own_pictures(monkeypatch, tmp_path):
     assert set(settings) == {(1e-3, 3.125e-4), (4, 2, 0.9)}
 
 
-def test_a_resumed_run_has_all_that_was_saved(tmp_path):
+def test_a_resumed_run_has_all_that_was_saved(tmp_path, capsys):
     folder = iqn.train(small(runs_dir=tmp_path, total_timesteps=160, target_period=8))
+    assert "nothing to train" not in capsys.readouterr().out
     before = torch.load(folder / "checkpoint.pt", weights_only=True)
-    iqn.train(iqn.Args(**SMALL | dict(total_timesteps=160, target_period=8, resume=folder)))       # nothing left to do
+    iqn.train(iqn.Args(**SMALL | dict(total_timesteps=160, target_period=8, resume=folder)))
+    assert "nothing to train: 160 steps are done" in capsys.readouterr().out
     after = torch.load(folder / "checkpoint.pt", weights_only=True)
 
     def same(x, y):

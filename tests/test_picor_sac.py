@@ -269,6 +269,20 @@ def test_alpha_all_moves_every_temperature_by_its_own_entropy():
     torch.testing.assert_close(learners.log_alpha.detach() - before, torch.tensor([0.1, -0.4]))    # 0.1 (mean - 2)
 
 
+def test_alpha_all_takes_the_entropy_of_the_policy_before_phase_one(monkeypatch):
+    args, learners, optimizers, buffer = parts(alpha_all=True, correction_states=500)
+    for param in learners.actor.parameters():
+        param.data.zero_()                                                     # mean 0, log std -1.5
+    optimizers["actor"] = torch.optim.SGD(learners.actor.parameters(), lr=100.0)               # far from it in a step
+    seen = []
+    monkeypatch.setattr(pi, "temperature_phase", lambda learners, optimizers, log_prob, rows: seen.append(log_prob))
+    before = copy_of(learners.actor)
+    update(args, learners, optimizers, buffer)
+    assert moved(learners.actor, before) and seen[0].shape == (3, 500)
+    gaussian = 1.5 - 0.5 * math.log(2 * math.pi * math.e)                      # E log N, of one action
+    assert seen[0].mean().item() == pytest.approx(2 * (gaussian + 0.0486), abs=0.08)      # - E log(1 - tanh^2) = 0.0486
+
+
 def test_the_spread_of_q_is_that_of_its_actions():
     critic, obs = Likes([1.0, 10.0]), torch.zeros(2, 500, 5)
     mean, log_std = torch.zeros(2, 500, 2), torch.full((2, 500, 2), -2.0)
