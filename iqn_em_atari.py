@@ -784,7 +784,10 @@ def plot_assignment(path: Path, names: list[str], history: list, num_policies: i
     axes = figure.subplots(num_policies, 1, sharex=True, squeeze=False)[:, 0]
     for policy, axis in enumerate(axes):
         when, task = np.nonzero(assignment == policy)
-        dots = axis.scatter(steps[when], task, c=returns[when, task], s=6, vmin=returns.min(), vmax=returns.max())
+        dots = axis.scatter(steps[when], task, c=returns[when, task], s=np.clip(1500 / len(steps), 6, 60),
+                            vmin=returns.min(), vmax=returns.max())
+        axis.grid(axis="y", linewidth=0.3)
+        axis.set_axisbelow(True)
         axis.set_yticks(range(len(names)), names, fontsize=6)
         axis.set(ylabel=f"policy {policy}", ylim=(len(names) - 0.5, -0.5))
     axes[-1].set_xlabel("training steps, summed over policies")
