@@ -98,7 +98,7 @@ TIED_LAYERS = {"shared": (0, 1, 2), "shared-multihead": (0, 1), "qmp-multihead":
 class Args:
     env: Literal["maze", "reacher", "metaworld"] = "maze"
     """task family; each task of the family is one sub-environment"""
-    method: Literal["qmp", "separated", "shared", "qmp-uniform", "qmp-domain", "shared-multihead", "qmp-multihead",
+    method: Literal["qmp", "qmp-own", "separated", "shared", "qmp-uniform", "qmp-domain", "shared-multihead", "qmp-multihead",
                     "dnc", "dnc-reg"] = "qmp"
     """the paper's method, a baseline or an ablation (docs/qmp_sac.md says what each one is)"""
     tasks: tuple[int, ...] | None = None
@@ -366,12 +366,13 @@ class ReacherEnv(SavableEnv):
     Observation (15,): joint angles and velocities [rad, rad/s], and which goal is next, one-hot; where the goals are is
     not observed. Action (6,): joint torques as a share of the motors' limits. A goal is touched within 5 cm.
     """
-    progress = ("stage", "held")
+    progress = ("stage", "held", "any_touch")
     hold_still = np.array([0.410, 0.119, 0.239])                      # the hand at the start [m]
 
     def __init__(self, task: int, variant: str, reward: str):
         self.model, self.data = reacher_model(variant), mujoco.MjData(reacher_model(variant))
         self.task, self.order, self.reward_kind, self.stage, self.held = task, REACHER_TASKS[task], reward, 0, 0
+        self.any_touch = 0
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (15,), np.float32)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (6,), np.float32)
 
@@ -381,8 +382,8 @@ class ReacherEnv(SavableEnv):
         self.data.qpos += self.np_random.uniform(-0.01, 0.01, 6)
         self.data.qvel[:] = self.np_random.uniform(-0.001, 0.001, 6)
         mujoco.mj_forward(self.model, self.data)
-        self.stage = self.held = 0
-        return self._obs(), {"success": False, "stages": 0}
+        self.stage = self.held = self.any_touch = 0
+        return self._obs(), {"success": False, "stages": 0, "touched": 0}
 
     def step(self, action):
         action = np.clip(action, -1.0, 1.0)
@@ -396,9 +397,10 @@ class ReacherEnv(SavableEnv):
             self.stage = self.held // 30                   # 90 steps near the start, not necessarily in a row
         else:
             self.stage += touched
+        self.any_touch = int(self.any_touch or touched)                # what the authors' code counts as success
         done = self.stage == 3
         reward = self._reward(action, distance, touched)
-        return self._obs(), reward, done, False, {"success": done, "stages": self.stage}
+        return self._obs(), reward, done, False, {"success": done, "stages": self.stage, "touched": self.any_touch}
 
     def _reward(self, action: np.ndarray, distance: float, touched: bool) -> float:
         """The authors' code ("code"), or what the paper says in words ("paper")."""
@@ -713,6 +715,10 @@ def behave(args: Args, learners: Learners, obs: Tensor, own_policy: bool) -> tup
         mean, log_std = learners.actor(obs[:, None])                   # (T, 1, A)
         return squash(mean, log_std, torch.randn_like(mean))[0].squeeze(1), tasks
     samples, means, log_prob = propose_actions(learners.actor, obs)
+    if args.method == "qmp-own":                                       # the control: T samples of the task's own policy
+        mean, log_std = learners.actor(obs[:, None].expand(-1, len(obs), -1))              # (T, T samples, A)
+        samples = squash(mean, log_std, torch.randn_like(mean))[0]
+        return samples[tasks, q_switch(obs, samples, learners.qf1, learners.qf2)], tasks
     if args.method == "qmp-uniform":
         chosen = torch.randint(len(obs), (len(obs),), device=obs.device)
     elif args.method == "qmp-domain":                                  # by hand: how many stretches two tasks share
@@ -990,6 +996,7 @@ def train(args: Args) -> Path | None:
             columns = {f"{name}/own_share": share.item() for name, share in zip(names, own)}
             if "stages" in evaluation:
                 columns |= {f"{name}/stages": stages.mean() for name, stages in zip(names, evaluation["stages"])}
+                columns |= {f"{name}/touched": hits.mean() for name, hits in zip(names, evaluation["touched"])}
             if args.eval_mixture:
                 helped = evaluate(args, task_ids, mixture)
                 columns |= {"mixture/return": helped["returns"].mean(), "mixture/success": helped["successes"].mean()}
