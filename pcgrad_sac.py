@@ -488,7 +488,7 @@ def train(args: Args) -> Path:
     @torch.no_grad()
     def act(obs: np.ndarray, explore: bool = False) -> np.ndarray:
         mean, log_std = agent.policy(torch.from_numpy(obs).to(args.device)[:, None])        # (T, 1, A)
-        noise = torch.randn(mean.shape).to(mean) * explore
+        noise = torch.randn(mean.shape).to(mean) if explore else torch.zeros_like(mean)
         return squash(mean, log_std, noise)[0].squeeze(1).cpu().numpy()
 
     state = load_checkpoint(args.resume or args.evaluate) if args.resume or args.evaluate else {}
