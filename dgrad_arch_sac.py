@@ -403,26 +403,15 @@ def conflict_summary(network: str, task_grads: Tensor) -> dict[str, Tensor]:
             f"{network}_abs_cosine": pairs.abs().mean(), f"{network}_conflicts": (pairs < 0).float().mean()}
 
 
-def descend_mean(args: Args, agent: SAC, optimizers: dict, network: str, loss_of, watch: bool) -> dict[str, Tensor]:
-    """Descend the mean of the tasks' losses with "critic" or "actor"; if `watch`, measure how much they conflict."""
-    net, params = getattr(agent, network), list(getattr(agent, network).params)
-    summary = conflict_summary(network, task_gradients(net, loss_of)[1]) if watch else {}
-    for param, grad in zip(params, torch.autograd.grad(loss_of(params).mean(), params)):
-        param.grad = grad
-    nn.utils.clip_grad_norm_(params, args.max_grad_norm)
-    optimizers[network].step()
-    return summary
-
-
 def update(args: Args, agent: SAC, optimizers: dict, batch: list[Tensor], watch: bool = False
            ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """One SAC step on the mean of the tasks' losses: critics, policy, temperatures, targets.
 
     Returns:
-        Losses, (T,) each; if `watch`, what `conflict_summary` says of both networks.
+        Losses and temperatures, (T,) each; if `watch`, what `conflict_summary` says of both networks.
     """
     obs, actions, rewards, next_obs, terminations = batch              # (T, B, ...)
-    alpha, losses = agent.log_alpha.detach().exp()[:, None], {}
+    alpha, losses, conflicts = agent.log_alpha.detach().exp()[:, None], {}, {}
     with torch.no_grad():
         next_actions, next_log_prob = squash(*agent.policy(next_obs), torch.randn(actions.shape).to(actions))
         next_value = agent.q(agent.target, next_obs, next_actions).amin(0) - alpha * next_log_prob              # (T, B)
@@ -431,7 +420,6 @@ def update(args: Args, agent: SAC, optimizers: dict, batch: list[Tensor], watch:
     def critic_loss(params) -> Tensor:
         losses["critic"] = (agent.q(agent.critic, obs, actions, params) - target).square().mean(-1).sum(0)      # (T,)
         return losses["critic"]
-    conflicts = descend_mean(args, agent, optimizers, "critic", critic_loss, watch)
 
     noise = torch.randn(actions.shape).to(actions)                     # of the CPU's generator, whatever the device
 
@@ -439,11 +427,20 @@ def update(args: Args, agent: SAC, optimizers: dict, batch: list[Tensor], watch:
         pi, losses["log_prob"] = squash(*agent.policy(obs, params), noise)
         losses["actor"] = (alpha * losses["log_prob"] - agent.q(agent.critic, obs, pi).amin(0)).mean(-1)        # (T,)
         return losses["actor"]
-    conflicts |= descend_mean(args, agent, optimizers, "actor", actor_loss, watch)
+
+    for network, loss_of in (("critic", critic_loss), ("actor", actor_loss)):          # the policy with moved critics
+        net, params = getattr(agent, network), list(getattr(agent, network).params)
+        if watch:
+            conflicts |= conflict_summary(network, task_gradients(net, loss_of)[1])
+        for param, grad in zip(params, torch.autograd.grad(loss_of(params).mean(), params)):
+            param.grad = grad
+        nn.utils.clip_grad_norm_(params, args.max_grad_norm)
+        optimizers[network].step()
 
     entropy = -losses.pop("log_prob").detach().mean(-1)                # of the policy before its step
     agent.log_alpha.grad = entropy + actions.shape[-1]                 # of log_alpha (entropy - target), target -A
     optimizers["alpha"].step()
+    losses["alpha"] = agent.log_alpha.exp()
     with torch.no_grad():
         torch._foreach_lerp_(list(agent.target.parameters()), list(agent.critic.parameters()), args.tau)
     return {name: loss.detach().cpu() for name, loss in losses.items()}, conflicts
@@ -453,14 +450,13 @@ def update(args: Args, agent: SAC, optimizers: dict, batch: list[Tensor], watch:
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
 def evaluate(args: Args, act, stopped=lambda: False, frames: list | None = None) -> dict[str, np.ndarray] | None:
-    """The first --eval-episodes episodes of every task, in environments with a generator of their own.
+    """--eval-episodes episodes of every task, in environments with a generator of their own.
 
     Args:
         act: observations (T, O) -> actions (T, A).
-        stopped: asked at every step; where it says so, there is no result.
-        frames: takes the pictures of all tasks, every fourth step, until each has ended its first episode.
+        frames: takes pictures of all tasks, every fourth step of their first episodes.
     Returns:
-        return and success, (T, episodes) each.
+        return and success, (T, episodes) each; None as soon as `stopped` says so.
     """
     envs, episodes = make_envs(args, np.random.default_rng([args.seed, 1])), [[] for _ in args.tasks]
     while min(map(len, episodes)) < args.eval_episodes:
@@ -483,6 +479,8 @@ def train(args: Args) -> Path:
     rng = np.random.default_rng(args.seed)                             # starts, replay indices, random actions
     num_tasks, envs = len(args.tasks), make_envs(args, rng)
     obs_size, action_size = envs.obs.shape[1], 4
+    if args.capture_video:
+        envs.envs[0].render()                                          # ends here, not hours later, without OpenGL
     agent = make_agent(args, obs_size, action_size)
     optimizers = {"actor": torch.optim.Adam(agent.actor.parameters(), args.lr, fused=True),
                   "critic": torch.optim.Adam(agent.critic.parameters(), args.critic_lr, fused=True),
@@ -508,8 +506,6 @@ def train(args: Args) -> Path:
     run, global_step, history, watched = Run(args, args.env, args.tasks, state), 0, [], {}
     counts = [sum(param.numel() for param in net.parameters()) for net in (agent.actor, agent.critic)]
     tqdm.write(f"parameters of {args.method}: policy {counts[0]:,}, each critic {counts[1] // 2:,}")
-    if args.capture_video:
-        envs.envs[0].render()                                          # ends here, not hours later, without OpenGL
     if args.resume:
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
@@ -528,8 +524,7 @@ def train(args: Args) -> Path:
             history=history, watched=watched, num_added=buffer.num_added, buffer=buffer.data[:, :len(buffer)].clone(),
             rng=json.dumps(rng.bit_generator.state), torch_rng=torch.get_rng_state()))
 
-    if not args.resume:
-        save()                                                         # from here on a killed run can be resumed
+    save()                                                             # from here on a killed run can be resumed
     while True:
         # Evaluate: first, so that a run that was stopped during an evaluation makes it up ---------------------
         if run.due(global_step):
@@ -558,7 +553,7 @@ def train(args: Args) -> Path:
         if not filling and buffer.num_added % args.update_every == 0:
             watch = num_tasks > 1 and buffer.num_added // args.update_every % args.watch_every == 0
             losses, conflicts = update(args, agent, optimizers, buffer.sample(rng, args.batch_size), watch)
-            run.log("losses", losses | {"alpha": agent.log_alpha.detach().exp()})
+            run.log("losses", losses)
             if watch:                                                  # sums since the last evaluation
                 watched = {key: watched.get(key, 0) + value for key, value in (conflicts | {"count": 1}).items()}
 
@@ -588,7 +583,7 @@ def plot_conflicts(folder: Path, names: list[str], history: list) -> None:
     axes = figure.subplots(2, 4)
     for row, network in zip(axes, ("critic", "actor")):
         for axis, (step, means) in zip(row, [known[round(i * (len(known) - 1) / 3)] for i in range(4)]):
-            image = axis.imshow(means[f"{network}_cosines"], vmin=-1, vmax=1, cmap="RdBu_r")
+            image = axis.imshow(means[f"{network}_cosines"].numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
             axis.set(xticks=[], title=f"{network}, {step:,} steps")
             axis.set_yticks(range(len(names)), names if axis is row[0] else [""] * len(names), fontsize=7)
             for (i, j), value in np.ndenumerate(means[f"{network}_cosines"]) if len(names) <= 10 else ():

@@ -433,7 +433,7 @@ def update(args: Args, agent: SAC, optimizers: dict, batch: list[Tensor], rng: n
     """One SAC step on the mean of the tasks' losses: critics, policy, temperatures, targets.
 
     Returns:
-        Losses, (T,) each; if `watch`, what `descend` says of both networks.
+        Losses and temperatures, (T,) each; if `watch`, what `descend` says of both networks.
     """
     obs, actions, rewards, next_obs, terminations = batch              # (T, B, ...)
     alpha, losses = agent.log_alpha.detach().exp()[:, None], {}
@@ -458,6 +458,7 @@ def update(args: Args, agent: SAC, optimizers: dict, batch: list[Tensor], rng: n
     entropy = -losses.pop("log_prob").detach().mean(-1)                # of the policy before its step
     agent.log_alpha.grad = entropy + actions.shape[-1]                 # of log_alpha (entropy - target), target -A
     optimizers["alpha"].step()
+    losses["alpha"] = agent.log_alpha.exp()
     with torch.no_grad():
         torch._foreach_lerp_(list(agent.target.parameters()), list(agent.critic.parameters()), args.tau)
     return {name: loss.detach().cpu() for name, loss in losses.items()}, conflicts
@@ -467,14 +468,13 @@ def update(args: Args, agent: SAC, optimizers: dict, batch: list[Tensor], rng: n
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
 def evaluate(args: Args, act, stopped=lambda: False, frames: list | None = None) -> dict[str, np.ndarray] | None:
-    """The first --eval-episodes episodes of every task, in environments with a generator of their own.
+    """--eval-episodes episodes of every task, in environments with a generator of their own.
 
     Args:
         act: observations (T, O) -> actions (T, A).
-        stopped: asked at every step; where it says so, there is no result.
-        frames: takes the pictures of all tasks, every fourth step, until each has ended its first episode.
+        frames: takes pictures of all tasks, every fourth step of their first episodes.
     Returns:
-        return and success, (T, episodes) each.
+        return and success, (T, episodes) each; None as soon as `stopped` says so.
     """
     envs, episodes = make_envs(args, np.random.default_rng([args.seed, 1])), [[] for _ in args.tasks]
     while min(map(len, episodes)) < args.eval_episodes:
@@ -497,6 +497,8 @@ def train(args: Args) -> Path:
     rng = np.random.default_rng(args.seed)                             # starts, replay indices, random actions, orders
     num_tasks, envs = len(args.tasks), make_envs(args, rng)
     obs_size, action_size = envs.obs.shape[1], 4
+    if args.capture_video:
+        envs.envs[0].render()                                          # ends here, not hours later, without OpenGL
     agent = make_agent(args, obs_size, action_size)
     optimizers = {"actor": torch.optim.Adam(agent.actor.parameters(), args.lr, fused=True),
                   "critic": torch.optim.Adam(agent.critic.parameters(), args.critic_lr, fused=True),
@@ -520,8 +522,6 @@ def train(args: Args) -> Path:
     buffer = ReplayBuffer(num_tasks, min(args.buffer_size, -(-args.total_timesteps // num_tasks)), obs_size,
                           action_size, args.device)
     run, global_step, history, watched = Run(args, args.env, args.tasks, state), 0, [], {}
-    if args.capture_video:
-        envs.envs[0].render()                                          # ends here, not hours later, without OpenGL
     if args.resume:
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
@@ -540,8 +540,7 @@ def train(args: Args) -> Path:
             history=history, watched=watched, num_added=buffer.num_added, buffer=buffer.data[:, :len(buffer)].clone(),
             rng=json.dumps(rng.bit_generator.state), torch_rng=torch.get_rng_state()))
 
-    if not args.resume:
-        save()                                                         # from here on a killed run can be resumed
+    save()                                                             # from here on a killed run can be resumed
     while True:
         # Evaluate: first, so that a run that was stopped during an evaluation makes it up ---------------------
         if run.due(global_step):
@@ -570,7 +569,7 @@ def train(args: Args) -> Path:
         if not filling and buffer.num_added % args.update_every == 0:
             watch = num_tasks > 1 and buffer.num_added // args.update_every % args.watch_every == 0
             losses, conflicts = update(args, agent, optimizers, buffer.sample(rng, args.batch_size), rng, watch)
-            run.log("losses", losses | {"alpha": agent.log_alpha.detach().exp()})
+            run.log("losses", losses)
             if watch:                                                  # sums since the last evaluation
                 watched = {key: watched.get(key, 0) + value for key, value in (conflicts | {"count": 1}).items()}
 
@@ -600,7 +599,7 @@ def plot_conflicts(folder: Path, names: list[str], history: list) -> None:
     axes = figure.subplots(2, 4)
     for row, network in zip(axes, ("critic", "actor")):
         for axis, (step, means) in zip(row, [known[round(i * (len(known) - 1) / 3)] for i in range(4)]):
-            image = axis.imshow(means[f"{network}_cosines"], vmin=-1, vmax=1, cmap="RdBu_r")
+            image = axis.imshow(means[f"{network}_cosines"].numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
             axis.set(xticks=[], title=f"{network}, {step:,} steps")
             axis.set_yticks(range(len(names)), names if axis is row[0] else [""] * len(names), fontsize=7)
             for (i, j), value in np.ndenumerate(means[f"{network}_cosines"]) if len(names) <= 10 else ():
