@@ -264,16 +264,18 @@ def train(args: Args) -> Path:
         run.save(global_step, {"trials": [trial.state_dict() for trial in trials]})
 
     save()                                                             # so that a killed run can be resumed
-    while global_step < args.total_timesteps and not run.stop.is_set():
+    while True:
+        if run.due(global_step):
+            result = evaluate(args, trials)
+            run.log_evaluation(global_step, result, compare(trials, result["return"].mean(0)))
+        if global_step >= args.total_timesteps or run.stop.is_set():
+            break
         for trial in trials:
             for policy in range(args.num_policies):
                 trial.m_step(policy)
         previous_step, global_step = global_step, global_step + args.num_policies * args.m_step_size
         for trial in trials:
             trial.e_step(global_step)
-        if run.due(global_step):
-            result = evaluate(args, trials)
-            run.log_evaluation(global_step, result, compare(trials, result["return"].mean(0)))
         if crossed(previous_step, global_step, args.checkpoint_every):
             save()
     save()
@@ -371,7 +373,7 @@ class Run:
         """`family` begins the folder's name; `names` are the tasks'; `state` is the checkpoint to go on from, or {}."""
         self.args, self.names, self.pending, self.rows = args, names, defaultdict(list), state.get("rows", [])
         self.started, first_step = time.time() - state.get("seconds", 0.0), state.get("global_step", 0)
-        if first_step >= args.total_timesteps:
+        if self.rows and self.rows[-1]["global_step"] >= args.total_timesteps:         # evaluated at its end, too
             sys.exit(f"{args.resume} has {first_step:,} steps already; give a larger --total-timesteps")
         stem = f"{family}__{Path(__file__).stem}__{args.method}__s{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.dir = args.resume or args.runs_dir / stem
