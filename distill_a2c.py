@@ -27,7 +27,7 @@ Differences from the paper, each explained in docs/distill_a2c.md:
 
     python multitask_a2c.py --method scratch              # six teachers: 3M steps each
     python distill_a2c.py --teachers RUN_FOLDER           # the student: 1M steps per head
-    python distill_a2c.py --method single --tasks SmallFoot --teachers RUN_FOLDER      # on the teacher's rollouts
+    python distill_a2c.py --method single --tasks SmallFoot --teachers RUN_FOLDER    # alone, on its teacher's rollouts
 """
 from __future__ import annotations
 
@@ -84,13 +84,13 @@ Share = Annotated[float, Field(gt=0, le=1)]
 @dataclass
 class Args:
     method: Literal["distill", "single"] = "distill"
-    """one student with a head per task, or a student of one task with the authors' settings for that"""
+    """one student with a head per task, or a student per task, with the authors' settings for that"""
     tasks: Annotated[tuple[Literal[VARIANTS], ...], Field(min_length=1)] = PAPER
-    """body-part variants; one, for single"""
+    """body-part variants"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
     """seeds every generator"""
     total_timesteps: Positive | None = None
-    """environment steps, summed over tasks; None: 1M per task, as in the paper's Table 2; 5M with single"""
+    """environment steps, summed over tasks; None: 1M per task, as in the paper's Table 2; 5M per task with single"""
     device: str = "cpu"
     """where the networks live"""
     threads: Positive = 1
@@ -128,8 +128,6 @@ class Args:
 
     def __post_init__(self):
         self.tasks = tuple(dict.fromkeys(self.tasks))                  # each once
-        if self.method == "single" and len(self.tasks) > 1 and not (self.resume or self.evaluate):
-            raise ValueError("--method single has one task, such as --tasks SmallFoot")
         steps, p_student = PRESETS[self.method]
         self.total_timesteps = self.total_timesteps or steps * len(self.tasks)
         self.p_student = p_student if self.p_student is None else self.p_student
@@ -328,7 +326,8 @@ def train(args: Args) -> Path:
     state = load_checkpoint(args.resume or args.evaluate) if args.resume or args.evaluate else {}
     learnt = state["teachers"] if state else load_teachers(args)
     for name in args.tasks:
-        students[name] = Policy(args.hidden_size, "parameter", students[args.tasks[0]] if students else None)
+        trunk = students[args.tasks[0]] if students and args.method == "distill" else None
+        students[name] = Policy(args.hidden_size, "parameter", trunk)
         if state:
             students[name].load_state_dict(state["students"][name])
         log_std = "parameter" if "log_std" in learnt[name] else "network"
