@@ -430,7 +430,7 @@ def plot_tasks(path: Path, names: list[str], returns: np.ndarray, others: dict[s
     """Each evaluation episode as a dot, (T, episodes), and its task's median, beside the numbers of others."""
     axis = Figure(figsize=(2 + 1.2 * len(names), 4), layout="constrained").subplots()
     axis.plot(names, returns, ".", color="black", alpha=0.4)
-    axis.plot(names, np.median(returns, axis=1), "k_", markersize=30, label="median of our episodes, the dots")
+    axis.plot(names, np.median(returns, axis=1), "k_", markersize=18, label="median of our episodes, the dots")
     for label, values in others.items():
         known = [name for name in names if name in values]
         axis.plot(known, [values[name] for name in known], "D", label=label)
