@@ -412,9 +412,7 @@ def train(args: Args) -> Path:
 
     save()
     if not run.stop.is_set():
-        others = TABLE_2
-        if args.method == "finetune":
-            others = {"before fine-tuning": {key.removesuffix("/before"): value for key, value in before.items()}}
+        others = {"before fine-tuning": {name: before[f"{name}/before"] for name in policies}} if before else TABLE_2
         plot_tasks(run.dir / "tasks.png", run.names, result["return"], others)
         print_table(run.names, result)
     run.close()
@@ -473,7 +471,7 @@ class Run:
         """`family` begins the folder's name; `names` are the tasks'; `state` is the checkpoint to go on from, or {}."""
         self.args, self.names, self.pending, self.rows = args, names, defaultdict(list), state.get("rows", [])
         self.started, first_step = time.time() - state.get("seconds", 0.0), state.get("global_step", 0)
-        if first_step >= args.total_timesteps:
+        if self.rows and self.rows[-1]["global_step"] >= args.total_timesteps:         # evaluated at its end, too
             sys.exit(f"{args.resume} has {first_step:,} steps already; give a larger --total-timesteps")
         stem = f"{family}__{Path(__file__).stem}__{args.method}__s{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.dir = args.resume or args.runs_dir / stem
