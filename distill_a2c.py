@@ -1,8 +1,9 @@
 # /// script
-# requires-python = ">=3.11"
+# requires-python = ">=3.11,<3.14"
 # dependencies = [
-#   "torch==2.13.0", "numpy==2.4.6", "gymnasium[box2d,mujoco]==1.4.0", "mujoco==3.3.0", "tyro==1.0.17",
-#   "tensorboard==2.21.0", "tqdm==4.70.1", "matplotlib==3.11.2", "pillow==13.0.0",
+#   "torch==2.13.0", "numpy==2.4.6", "gymnasium[mujoco]==1.4.0", "mujoco==3.3.0", "tyro==1.0.17",
+#   "pydantic==2.14.4", "filelock==4.3.1", "imageio==2.38.1", "tensorboard==2.21.0", "tqdm==4.70.1",
+#   "matplotlib==3.11.2",
 # ]
 # ///
 """Multi-task distillation: one student with a head per task learns what a teacher per task does.
@@ -11,159 +12,130 @@ Arora, Kumar, Krone, Li: "Multi-task Learning for Continuous Control", 2017, arX
 that A2C has trained on one half-cheetah each. The student acts, in one task after the other, and each teacher says for
 the states that it meets what it would have done: a distribution, towards which the student's head is pulled.
 
-    KL(teacher || student), Eq. 4 (see 1 below)         gaussian_kl, distillation_loss
-    shared trunk, heads                                 HeadMLP, Student
-    teachers by A2C                                     n_step_returns, a2c_losses, a2c_update
+    KL(teacher || student), Eq. 4 (see 1 below)         distillation_loss
+    shared trunk, heads                                 Policy
+    states of student or teacher; one step of a head    visit_states, distill_update
 
 Differences from the paper, each explained in docs/distill_a2c.md:
 1. The printed Eq. 4 is KL(student || teacher) under the name of the other direction, which is what the code computes
-   and our default; --kl student_teacher has the printed one.
+   and our default; --loss kl_student_teacher has the printed one.
 2. Teachers are frozen with their observation filters, which go on moving in the authors' code.
-3. The student's filter, one per task, learns from the states that it is trained on.
+3. Each head has a filter of its own, which learns from the states that it is trained on; the authors' student has one
+   for all heads, which learns from a test environment.
+4. A rollout goes on where the last one ended. The authors' distil.py never carries the last observation over: the
+   first action of every five is chosen for, and one in five of the states is, the very first reset state.
 
-    python distill_a2c.py                                 # trains six teachers (3M steps each), then the student
-    python distill_a2c.py --teachers RUN_FOLDER           # teachers of multitask_a2c.py --method scratch
-    python distill_a2c.py --method single --tasks SmallFoot         # on the teacher's rollouts, as the authors' code
+    python multitask_a2c.py --method scratch              # six teachers: 3M steps each
+    python distill_a2c.py --teachers RUN_FOLDER           # the student: 1M steps per head
+    python distill_a2c.py --method single --tasks SmallFoot --teachers RUN_FOLDER    # alone, on its teacher's rollouts
 """
 from __future__ import annotations
 
+import csv
 import json
-import math
 import os
-import random
-import re
-import shutil
+import shlex
 import signal
 import sys
+import threading
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
-from functools import cache, partial
-from importlib.metadata import version
+from dataclasses import asdict
+from datetime import datetime
+from importlib.metadata import distributions
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import gymnasium as gym
+import imageio
 import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
 import tyro
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from mujoco.rollout import Rollout
-from PIL import Image, ImageDraw
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor
+from torch.distributions import Normal, kl_divergence
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
 # ---------------------------------------------------------------------------------------------------------------------
-PARTS = {"Torso": ("torso",), "Head": ("head",), "Thigh": ("bthigh", "fthigh"), "Leg": ("bshin", "fshin"),
-         "Foot": ("bfoot", "ffoot")}
+PARTS = {"Torso": ["torso"], "Head": ["head"], "Thigh": ["bthigh", "fthigh"], "Leg": ["bshin", "fshin"],
+         "Foot": ["bfoot", "ffoot"]}
 FACTORS = {"Small": 0.75, "Big": 1.25}
 VARIANTS = tuple(size + part for part in PARTS for size in FACTORS)
 PAPER = ("SmallFoot", "BigFoot", "SmallLeg", "SmallThigh", "SmallTorso", "BigTorso")
 HORIZON, GOOD_RETURN, LOG_EVERY = 1_000, 1_000, 20_000        # steps; a success; environment steps between writes
+STEPS = "environment steps, summed over tasks"
+FIXED = {"method", "tasks", "seed", "teachers", "loss", "num_envs", "hidden_size"}
+PRESETS = {"distill": (1_000_000, 1.0), "single": (5_000_000, 0.0)}                   # steps per task, p_student
+TABLE_2 = {"paper, distillation 1M": dict(zip(PAPER, (1348.30, -63.07, 1413.55, 838.35, 2116.94, 1323.61)))}
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 @dataclass
 class Args:
-    env: Literal["cheetah"] = "cheetah"
-    """half-cheetahs whose body parts are smaller or larger"""
     method: Literal["distill", "single"] = "distill"
-    """one student with a head per task, or a student of one task with the authors' settings for that"""
-    tasks: tuple[str, ...] = PAPER
-    """body-part variants, such as SmallFoot BigHead; one, for single"""
-    seed: int = 1
-    """seeds every generator: networks, environments, actions"""
-    total_timesteps: int | None = None
-    """environment steps of the student, summed over tasks; None: 1M per task, as in the paper; 5M for single"""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """where the networks live; auto takes cuda if present, else cpu"""
-    eval_every: int = 300_000
+    """one student with a head per task, or a student per task, with the authors' settings for that"""
+    tasks: Annotated[tuple[Literal[VARIANTS], ...], Field(min_length=1)] = PAPER
+    """body-part variants"""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
+    """seeds every generator"""
+    total_timesteps: Positive | None = None
+    """environment steps, summed over tasks; None: 1M per task, as in the paper's Table 2; 5M per task with single"""
+    device: str = "cpu"
+    """where the networks live"""
+    threads: Positive = 1
+    """CPU threads of PyTorch: networks this small gain little from more"""
+    eval_every: Positive = 300_000
     """environment steps between evaluations"""
-    eval_episodes: int = 20
-    """episodes per task and evaluation: mean action, filter frozen, separate environments, own generators"""
-    checkpoint_every: int = 600_000
+    eval_episodes: Positive = 20
+    """episodes per task and evaluation: deterministic policy, separate environments, own generators"""
+    checkpoint_every: Positive = 600_000
     """environment steps between checkpoints; one is always written at the end and on Ctrl-C or SIGTERM"""
     runs_dir: Path = Path("runs")
     """where run folders go"""
     resume: Path | None = None
-    """run folder to go on from, to the same or a larger --total-timesteps"""
+    """run folder to go on from, with its settings; a larger --total-timesteps, for instance, on top"""
     evaluate: Path | None = None
-    """run folder to load and evaluate; trains nothing and writes nothing but pictures asked for"""
+    """run folder to load and evaluate; trains nothing"""
     capture_video: bool = False
-    """after training or with --evaluate: one animated picture of all tasks side by side"""
+    """after training or with --evaluate: an animated picture of each task"""
 
     teachers: tuple[Path, ...] = ()
-    """run folders of multitask_a2c.py that have all the tasks between them; none: teachers are trained first"""
-    teacher_timesteps: int | None = None
-    """environment steps of A2C for teachers that are trained here, not --teachers, summed over tasks; None: 3M
-    per task"""
-    p_student: float | None = None
-    """probability that a rollout is the student's and not the teacher's, paper: p_s; None: 1, or 0 for single"""
-    loss: Literal["kl", "mse"] = "kl"
-    """divergence of the action distributions, or squared differences of their means and deviations"""
-    kl: Literal["teacher_student", "student_teacher"] = "teacher_student"
-    """direction: KL(teacher || student), as in the authors' code, or KL(student || teacher), the formula printed"""
-    num_envs: int = 16
+    """run folders of multitask_a2c.py --method scratch that have all the tasks between them"""
+    p_student: Annotated[float, Field(ge=0, le=1)] | None = None
+    """probability that a rollout is the student's and not the teacher's, paper: p_s; None: 1, or 0 with single"""
+    loss: Literal["kl_teacher_student", "kl_student_teacher", "mse"] = "kl_teacher_student"
+    """KL(teacher || student), as in the authors' code; KL(student || teacher), the formula printed; squared differences
+    of means and deviations"""
+    num_envs: Positive = 16
     """copies of each task's environment, stepped in parallel"""
-    num_steps: int = 5
+    num_steps: Positive = 5
     """steps of a rollout, paper: t_max; each ends with an update"""
-    hidden_size: int = 64
+    hidden_size: Positive = 64
     """width of the two hidden layers"""
-    lr: float = 7e-4
-    """RMSprop step size, of teachers and student"""
-    gamma: float = 0.99
-    """discount factor of the teachers' A2C"""
-    timeout_is_terminal: bool = False
-    """no bootstrapping at time limits, as in the authors' code"""
-    value_coef: float = 0.5
-    """weight of the squared advantage in the teachers' loss"""
-    entropy_coef: float = 0.01
-    """weight of the entropy bonus in the teachers' loss [reward per nat]"""
-    max_grad_norm: float = 0.5
-    """L2 norm to which the teachers' gradients are clipped; the student's are not"""
+    lr: Share = 7e-4
+    """RMSprop step size"""
 
     def __post_init__(self):
-        for task in self.tasks:
-            if task not in VARIANTS:
-                raise ValueError(f"--tasks {task}: no such variant; there are {', '.join(VARIANTS)}")
-        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
-            raise ValueError(f"--tasks takes one or more different variants, got {' '.join(self.tasks) or 'none'}")
-        if self.method == "single" and len(self.tasks) != 1:
-            raise ValueError(f"--method single has one task, such as --tasks {self.tasks[0]}; got {len(self.tasks)}")
-        self.teachers = tuple(map(Path, self.teachers))                # args.json holds text
-        if self.total_timesteps is None:
-            self.total_timesteps = 5_000_000 if self.method == "single" else 1_000_000 * len(self.tasks)
-        if self.p_student is None:
-            self.p_student = float(self.method != "single")
-        if self.teacher_timesteps is None:
-            self.teacher_timesteps = 3_000_000 * len(self.tasks)
-        for name in ("total_timesteps", "eval_every", "eval_episodes", "checkpoint_every", "teacher_timesteps",
-                     "num_envs", "num_steps", "hidden_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if HORIZON % self.num_steps:
-            raise ValueError(f"--num-steps must divide the {HORIZON} steps of an episode, got {self.num_steps}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"--seed must be from 0 to 2**32 - 1, got {self.seed}")
-        for name in ("value_coef", "entropy_coef", "max_grad_norm"):
-            if not 0 <= getattr(self, name) < math.inf:                # not a number neither
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 0 and finite, got {getattr(self, name)}")
-        for name in ("lr", "gamma"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"--{name} must be above 0 and at most 1, got {getattr(self, name)}")
-        if not 0 <= self.p_student <= 1:
-            raise ValueError(f"--p-student is a probability, from 0 to 1, got {self.p_student}")
+        self.tasks = tuple(dict.fromkeys(self.tasks))                  # each once
+        steps, p_student = PRESETS[self.method]
+        self.total_timesteps = self.total_timesteps or steps * len(self.tasks)
+        self.p_student = p_student if self.p_student is None else self.p_student
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Environments
 # ---------------------------------------------------------------------------------------------------------------------
-@cache
 def cheetah_model(variant: str) -> mujoco.MjModel:
     """Gymnasium's half-cheetah with every size of one kind of body part scaled; the total mass stays 14 kg.
 
@@ -177,917 +149,462 @@ def cheetah_model(variant: str) -> mujoco.MjModel:
     return spec.compile()
 
 
-class CheetahPool:
-    """P copies of each of T cheetahs, stepped in batches: HalfCheetah-v5 but for the speed.
+class Cheetahs:
+    """P copies of one cheetah, stepped in one call: Gymnasium's HalfCheetah-v5, but faster.
 
     Observation (17,): joint positions without x, and all velocities. Action (6,): torques, not clipped in the reward
-    x speed - 0.1 |a|^2. Episodes have HORIZON steps and never terminate; all copies of a task are reset together.
+    x speed - 0.1 |a|^2. Episodes have HORIZON steps and never terminate; all copies are reset together.
     """
 
-    def __init__(self, tasks: list[str], copies: int, seed: int):
-        self.models, self.copies = [cheetah_model(task) for task in tasks], copies
-        self.rollout, self.scratch = Rollout(nthread=0), [mujoco.MjData(self.models[0])]
-        self.rng, self.nq = np.random.default_rng(seed), self.models[0].nq
-        size = mujoco.mj_stateSize(self.models[0], mujoco.mjtState.mjSTATE_FULLPHYSICS)   # time, qpos, qvel
-        self.state, self.steps = np.zeros((len(tasks), copies, size)), np.zeros(len(tasks), np.int64)
-        self.returns = np.zeros((len(tasks), copies))         # undiscounted, of the episodes that are running
-        for task in range(len(tasks)):
-            self.reset(task)
+    def __init__(self, variant: str, copies: int, rng: np.random.Generator):
+        self.model, self.copies, self.rng = cheetah_model(variant), copies, rng
+        self.rollout, self.data = Rollout(nthread=0), mujoco.MjData(self.model)
+        self.reset()
 
-    def reset(self, task: int) -> None:
-        """New episodes for all copies of a task."""
-        shape = self.copies, self.nq
-        self.state[task, :, 0] = 0
-        self.state[task, :, 1:1 + self.nq] = self.models[task].qpos0 + self.rng.uniform(-0.1, 0.1, shape)
-        self.state[task, :, 1 + self.nq:] = 0.1 * self.rng.standard_normal(shape)
-        self.steps[task], self.returns[task] = 0, 0
+    def reset(self) -> None:
+        """New episodes for all copies."""
+        qpos = self.model.qpos0 + self.rng.uniform(-0.1, 0.1, (self.copies, 9))
+        qvel = 0.1 * self.rng.standard_normal((self.copies, 9))
+        self.state = np.concatenate([np.zeros((self.copies, 1)), qpos, qvel], axis=1)          # time, qpos, qvel
+        self.steps, self.returns = 0, np.zeros(self.copies)            # of the episodes so far, undiscounted
 
-    def observe(self, tasks: list[int]) -> np.ndarray:
-        """(K, P, 17) float32."""
-        return self.state[tasks][..., 2:].astype(np.float32)
+    def observe(self) -> Tensor:
+        """(P, 17)."""
+        return torch.from_numpy(self.state[:, 2:].astype(np.float32))
 
-    def step(self, tasks: list[int], actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Step all copies of K tasks; actions (K, P, 6).
-
-        Returns:
-            The observations that the actions led to, (K, P, 17), rewards, (K, P), and whether the episodes end there,
-            (K,): `returns` holds what they earned, until `reset`.
-        """
-        before, batch = self.state[tasks], len(tasks) * self.copies
-        control = np.repeat(actions.reshape(batch, 1, 6).astype(np.float64), 5, axis=1)          # frame skip 5
-        models = [self.models[task] for task in tasks for _ in range(self.copies)]
-        states, _ = self.rollout.rollout(models, self.scratch, before.reshape(batch, -1), control)
-        after = states[:, -1].reshape(before.shape)
-        rewards = (after[..., 1] - before[..., 1]) / 0.05 - 0.1 * np.square(actions).sum(-1)
-        self.state[tasks] = after
-        self.steps[tasks] += 1
-        self.returns[tasks] += rewards
-        obs, ended = self.observe(tasks), self.steps[tasks] >= HORIZON
-        return obs, rewards.astype(np.float32), ended
-
-    def get_state(self) -> dict:
-        """All that the next step reads."""
-        return dict(state=torch.from_numpy(self.state.copy()), steps=torch.from_numpy(self.steps.copy()),
-                    returns=torch.from_numpy(self.returns.copy()), rng=json.dumps(self.rng.bit_generator.state))
-
-    def set_state(self, saved: dict) -> None:
-        """Undo `get_state`."""
-        self.state, self.steps, self.returns = (saved[key].numpy().copy() for key in ("state", "steps", "returns"))
-        self.rng.bit_generator.state = json.loads(saved["rng"])
-
-    def render(self, task: int, copy: int = 0) -> np.ndarray:
-        """The cheetah from the side, uint8 RGB."""
-        model, data = self.models[task], self.scratch[0]
-        mujoco.mj_setState(model, data, self.state[task, copy], mujoco.mjtState.mjSTATE_FULLPHYSICS)
-        mujoco.mj_forward(model, data)
-        return ray_cast(model, data, (data.qpos[0], 0.0, 0.6), 3.0, 90, -10)
+    def step(self, actions: Tensor) -> Tensor:
+        """Actions (P, 6) -> rewards (P,)."""
+        torques = actions.cpu().numpy().astype(np.float64)
+        after = self.rollout.rollout(self.model, self.data, self.state, torques[:, None], nstep=5)[0][:, -1]
+        rewards = (after[:, 1] - self.state[:, 1]) / 0.05 - 0.1 * np.square(torques).sum(1)
+        self.state, self.steps, self.returns = after, self.steps + 1, self.returns + rewards
+        return torch.from_numpy(rewards.astype(np.float32))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Networks
 # ---------------------------------------------------------------------------------------------------------------------
-def unit_columns(matrix: Tensor) -> None:
-    """Fill a matrix (in, out) with normal numbers, the weights of each output unit scaled to length 1."""
-    with torch.no_grad():
-        matrix.normal_()
-        matrix /= matrix.norm(dim=0)
-
-
-class HeadMLP(nn.Module):
-    """tanh networks of T tasks; the layers in `shared` are one for all tasks, the others each task's own.
-
-    A task's own layers are parameters by themselves, unlike a stack, so that an update of one task leaves the
-    optimizer's memory of the others alone.
-    """
-
-    def __init__(self, num_tasks: int, sizes: list[int], shared: tuple[int, ...] = ()):
-        super().__init__()
-        self.layers = nn.ModuleList()
-        for layer, (n_in, n_out) in enumerate(zip(sizes[:-1], sizes[1:])):
-            copies = range(1 if layer in shared else num_tasks)
-            weights = nn.ParameterList(torch.empty(n_in, n_out) for _ in copies)
-            biases = nn.ParameterList(torch.zeros(n_out) for _ in copies)
-            for weight in weights:
-                unit_columns(weight)
-            self.layers.append(nn.ModuleDict({"weights": weights, "biases": biases}))
-
-    def own(self, layer: int, task: int) -> list[nn.Parameter]:
-        """Weight and bias that a task uses in a layer, shared or not."""
-        return [params[task if len(params) > 1 else 0] for params in self.layers[layer].values()]
-
-    def forward(self, x: Tensor, tasks: list[int]) -> Tensor:
-        """(K, B, in) -> (K, B, out): row k goes through the network of tasks[k]."""
-        for layer in range(len(self.layers)):
-            weight, bias = (torch.stack(params) for params in zip(*(self.own(layer, task) for task in tasks)))
-            x = torch.baddbmm(bias[:, None], x, weight)
-            if layer < len(self.layers) - 1:
-                x = torch.tanh(x)
-        return x
-
-
-class Policy(nn.Module):
-    """Gaussian policies over torques, which are not squashed."""
-
-    def __init__(self, num_tasks: int, hidden: int, shared: tuple[int, ...], log_std: str):
-        super().__init__()
-        self.net = HeadMLP(num_tasks, [17, hidden, hidden, 6 if log_std == "parameter" else 12], shared)
-        for weight in self.net.layers[-1]["weights"]:
-            weight.data *= 0.01
-        self.log_std = None
-        if log_std == "parameter":
-            self.log_std = nn.ParameterList(torch.zeros(6) for _ in range(num_tasks))
-
-    def forward(self, obs: Tensor, tasks: list[int]) -> tuple[Tensor, Tensor]:
-        """(K, B, 17) -> mean and log standard deviation, (K, B, 6) each."""
-        if self.log_std is None:
-            return self.net(obs, tasks).chunk(2, dim=-1)
-        mean = self.net(obs, tasks)
-        return mean, torch.stack([self.log_std[task] for task in tasks])[:, None].expand_as(mean)
+def linear(n_in: int, n_out: int, scale: float = 1.0) -> nn.Linear:
+    """A layer whose units have normal weights of length `scale` and no bias."""
+    layer = nn.Linear(n_in, n_out)
+    layer.weight.data = scale * nn.functional.normalize(torch.randn(n_out, n_in), dim=1)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class ObservationFilter(nn.Module):
-    """Each task's observations relative to their running mean and deviation, clipped to +-5."""
+    """Observations relative to their running mean and deviation, clipped to +-5."""
 
-    def __init__(self, num_tasks: int, size: int = 17):
+    def __init__(self):
         super().__init__()
-        self.register_buffer("count", torch.full((num_tasks, 1), 1e-2, dtype=torch.float64))
-        self.register_buffer("total", torch.zeros(num_tasks, size, dtype=torch.float64))
-        self.register_buffer("squares", torch.full((num_tasks, size), 1e-2, dtype=torch.float64))
+        self.register_buffer("sums", torch.tensor([[1e-2], [0.0], [1e-2]], dtype=torch.float64).repeat(1, 17))
+        self.register_buffer("mean", torch.zeros(17))
+        self.register_buffer("deviation", torch.ones(17))
 
-    def _apply(self, fn, recurse=True):
-        return self                                                    # statistics stay on the CPU: MPS has no float64
+    def update(self, obs: Tensor) -> None:
+        """Count (N, 17) observations."""
+        obs = obs.double()
+        self.sums += torch.stack([torch.ones_like(obs), obs, obs.square()]).sum(1)
+        mean, square = self.sums[1:] / self.sums[0]
+        self.mean.copy_(mean)
+        self.deviation.copy_((square - mean.square()).clamp(min=1e-2).sqrt())
 
-    def update(self, obs: Tensor, tasks: list[int]) -> None:
-        """Count (K, N, 17) observations."""
-        obs = obs.cpu().double()
-        self.count[tasks] += obs.shape[1]
-        self.total[tasks] += obs.sum(1)
-        self.squares[tasks] += obs.square().sum(1)
-
-    def forward(self, obs: Tensor, tasks: list[int]) -> Tensor:
-        """(K, B, 17) -> the same, standardised."""
-        mean = self.total[tasks] / self.count[tasks]
-        variance = (self.squares[tasks] / self.count[tasks] - mean.square()).clamp(min=1e-2)
-        mean, deviation = (x[:, None].float().to(obs.device) for x in (mean, variance.sqrt()))
-        return ((obs - mean) / deviation).clamp(-5.0, 5.0)
+    def forward(self, obs: Tensor) -> Tensor:
+        return ((obs - self.mean) / self.deviation).clamp(-5.0, 5.0)
 
 
-class ActorCritic(nn.Module):
-    """Policies and values of T tasks, behind their observation filters."""
+class Policy(nn.Module):
+    """Gaussian policy of one task over torques, which are not squashed, behind its observation filter.
 
-    def __init__(self, num_tasks: int, hidden: int, log_std: str, shared: str | None):
+    `trunk`: the policy of another task whose hidden layers are this one's, too.
+    """
+
+    def __init__(self, hidden: int, log_std: str, trunk: Policy | None = None):
         super().__init__()
-        policy_shared, value_shared = {None: ((), ()), "paper": ((0, 1), (0,)), "first-layer": ((0,), (0,))}[shared]
-        self.filter = ObservationFilter(num_tasks)
-        self.policy = Policy(num_tasks, hidden, policy_shared, log_std)
-        self.value = HeadMLP(num_tasks, [17, hidden, hidden, 1], value_shared)
+        self.filter, free = ObservationFilter(), log_std == "parameter"
+        self.pi1 = trunk.pi1 if trunk else linear(17, hidden)
+        self.pi2 = trunk.pi2 if trunk else linear(hidden, hidden)
+        self.pi3 = linear(hidden, 6 if free else 12, scale=0.01)
+        self.log_std = nn.Parameter(torch.zeros(6)) if free else None
 
-    def parameters_of(self, task: int) -> list[nn.Parameter]:
-        """All that a task uses, shared or not."""
-        free = [] if self.policy.log_std is None else [self.policy.log_std[task]]
-        return free + [param for net in (self.policy.net, self.value) for layer in range(len(net.layers))
-                       for param in net.own(layer, task)]
-
-    def forward(self, obs: Tensor, tasks: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """(K, B, 17) -> mean and log standard deviation, (K, B, 6), and value, (K, B)."""
-        obs = self.filter(obs, tasks)
-        return *self.policy(obs, tasks), self.value(obs, tasks).squeeze(-1)
-
-
-class Student(nn.Module):
-    """Policies of T tasks behind their filters, both hidden layers shared."""
-
-    def __init__(self, num_tasks: int, hidden: int):
-        super().__init__()
-        self.filter, self.policy = ObservationFilter(num_tasks), Policy(num_tasks, hidden, (0, 1), "parameter")
-
-    def forward(self, obs: Tensor, tasks: list[int]) -> tuple[Tensor, Tensor]:
-        """(K, B, 17) -> mean and log standard deviation, (K, B, 6) each."""
-        return self.policy(self.filter(obs, tasks), tasks)
+    def forward(self, obs: Tensor) -> Normal:
+        """(B, 17) -> distribution of actions, (B, 6)."""
+        mean = self.pi3(torch.tanh(self.pi2(torch.tanh(self.pi1(self.filter(obs))))))
+        mean, log_std = mean.chunk(2, dim=-1) if self.log_std is None else (mean, self.log_std)
+        return Normal(mean, log_std.exp(), validate_args=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The method
 # ---------------------------------------------------------------------------------------------------------------------
-def gaussian_kl(mean_p: Tensor, log_std_p: Tensor, mean_q: Tensor, log_std_q: Tensor) -> Tensor:
-    """KL(p || q) of diagonal Gaussians, by dimension [nats]; squashing both by the same tanh would not change it."""
-    log_ratio = 2 * (log_std_p - log_std_q)
-    return 0.5 * (log_ratio.exp() + ((mean_p - mean_q) / log_std_q.exp()).square() - 1 - log_ratio)
+def load_teachers(args: Args) -> dict[str, dict[str, Tensor]]:
+    """The weights of each task's agent, out of the runs that --teachers names: the last that has the task."""
+    if not args.teachers:
+        sys.exit("--teachers RUN_FOLDER is missing; this trains them and prints the name of their folder:\n    python "
+                 f"multitask_a2c.py --method scratch --tasks {' '.join(args.tasks)}")
+    found = {}
+    for folder in args.teachers:
+        found |= load_checkpoint(folder).get("agents", {})
+    if missing := [name for name in args.tasks if name not in found]:
+        sys.exit(f"--teachers have no {', '.join(missing)}, but {', '.join(found) or 'no task of multitask_a2c.py'}")
+    return found
 
 
-def distillation_loss(teacher: tuple[Tensor, Tensor], student: tuple[Tensor, Tensor], loss: str, kl: str) -> Tensor:
-    """How far the student's action distributions are from the teacher's, mean over states: (K,).
+def distillation_loss(teacher: Normal, student: Normal, loss: str) -> Tensor:
+    """How far the student's distributions of actions, (N, A), are from the teacher's: Eq. 4, mean over states, [nats].
 
-    Args:
-        teacher, student: mean and log standard deviation, (K, N, A) each; gradients reach the student only.
-        loss: "kl" sums over action dimensions [nats]; "mse" is the mean squared difference of means and of deviations.
-        kl: "teacher_student" is KL(teacher || student), "student_teacher" the other.
+    The teacher's are constants. "mse" is the mean squared difference of means and of deviations.
     """
-    teacher = tuple(x.detach() for x in teacher)
     if loss == "mse":
-        return sum((ours - theirs).square().mean((1, 2)) for ours, theirs in
-                   ((student[0], teacher[0]), (student[1].exp(), teacher[1].exp())))
-    first, second = (teacher, student) if kl == "teacher_student" else (student, teacher)
-    return gaussian_kl(*first, *second).sum(-1).mean(-1)
+        return (student.mean - teacher.mean).square().mean() + (student.stddev - teacher.stddev).square().mean()
+    pair = (teacher, student) if loss == "kl_teacher_student" else (student, teacher)
+    return kl_divergence(*pair).sum(-1).mean()
 
 
-def visit_states(pool: CheetahPool, actor, tasks: list[int], num_steps: int, device: torch.device) -> tuple:
-    """Let `actor` (obs, tasks -> mean, log_std) act for `num_steps` steps in all copies of K tasks.
-
-    Returns:
-        The states it saw, (K, S * P, 17), and (task, returns of its copies) of the episodes that ended.
-    """
-    seen, finished = [], []
-    for _ in range(num_steps):
-        obs = torch.from_numpy(pool.observe(tasks)).to(device)         # (K, P, 17)
-        with torch.no_grad():
-            mean, log_std = actor(obs, tasks)[:2]
-            actions = mean + log_std.exp() * torch.randn(mean.shape).to(device)
-        _, _, ended = pool.step(tasks, actions.cpu().numpy())
-        for row in np.flatnonzero(ended):
-            finished.append((tasks[row], pool.returns[tasks[row]].copy()))
-            pool.reset(tasks[row])
-        seen.append(obs)
-    return torch.cat(seen, dim=1), finished
+@torch.no_grad()
+def visit_states(args: Args, env: Cheetahs, policy: Policy) -> tuple[Tensor, np.ndarray | None]:
+    """Let a policy act for S = t_max steps: the observations, (S * P, 17), and what the episodes that ended earned."""
+    seen, earned = [], None
+    for _ in range(args.num_steps):
+        seen.append(env.observe().to(args.device))
+        chosen = policy(seen[-1])
+        env.step(chosen.mean + chosen.stddev * torch.randn(chosen.mean.shape).to(args.device))       # CPU's generator
+        if env.steps == HORIZON:
+            earned = env.returns
+            env.reset()
+    return torch.cat(seen), earned
 
 
-def distill_update(args: Args, student: Student, teachers: ActorCritic, optimizer: torch.optim.Optimizer, obs: Tensor,
-                   tasks: list[int]) -> dict[str, Tensor]:
-    """One step of the student's heads for K tasks towards their teachers, on states (K, N, 17).
-
-    Returns:
-        The loss, by its name, and the mean deviation of the student's actions, (K,) each.
-    """
+def distill_update(args: Args, student: Policy, teacher: Policy, optimizer: torch.optim.Optimizer,
+                   obs: Tensor) -> dict[str, float]:
+    """One step of the student's head for a task, and of its trunk, towards the teacher, on states (N, 17)."""
     with torch.no_grad():
-        target = teachers(obs, tasks)[:2]                              # their filters do not move
-    student.filter.update(obs, tasks)
-    mean, log_std = student(obs, tasks)
-    loss = distillation_loss(target, (mean, log_std), args.loss, args.kl)
+        target = teacher(obs)                                          # its filter does not move
+    student.filter.update(obs)                                         # once per update, before the loss
+    actions = student(obs)
+    loss = distillation_loss(target, actions, args.loss)
     optimizer.zero_grad()                                              # to None: RMSprop skips what a task does not use
-    loss.sum().backward()
+    loss.backward()                                                    # no clipping, as in the authors' code
     optimizer.step()
-    return {args.loss: loss.detach(), "sigma": log_std.detach().exp().mean((1, 2))}
-
-
-def gaussian_log_prob(actions: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Log-density of actions [nats], summed over their dimensions: (..., A) -> (...)."""
-    noise = (actions - mean) / log_std.exp()
-    return (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
-
-
-def gaussian_entropy(log_std: Tensor) -> Tensor:
-    """Entropy of diagonal Gaussians [nats]: (..., A) -> (...)."""
-    return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
-
-
-def n_step_returns(rewards: Tensor, terminations: Tensor, truncations: Tensor, final_values: Tensor, last_value: Tensor,
-                   gamma: float) -> Tensor:
-    """Discounted returns of a rollout of S steps, bootstrapped where it or an episode is cut off.
-
-    Args:
-        rewards, terminations, truncations: of each step, (S, ...); the flags as numbers.
-        final_values: value of the last observation of an episode that was truncated on that step, (S, ...).
-        last_value: value of the observation after the rollout, (...).
-    Returns:
-        R_t = r_t + gamma R_(t+1), which becomes r_t + gamma V(last observation) at a truncation, r_t at a termination.
-    """
-    returns, following = torch.empty_like(rewards), last_value
-    for t in reversed(range(len(rewards))):
-        following = torch.where(truncations[t] > 0, final_values[t], following) * (1 - terminations[t])
-        following = returns[t] = rewards[t] + gamma * following
-    return returns
-
-
-def a2c_losses(returns: Tensor, values: Tensor, log_prob: Tensor, entropy: Tensor, value_coef: float,
-               entropy_coef: float) -> dict[str, Tensor]:
-    """Terms of the loss for each task; all inputs (K, N), outputs (K,).
-
-    The advantage is a constant for the policy: its gradient reaches the value through the value's own term only.
-    """
-    advantages = returns - values
-    return {"value": value_coef * advantages.square().mean(1), "policy": -(advantages.detach() * log_prob).mean(1),
-            "entropy": -entropy_coef * entropy.mean(1)}
-
-
-def collect(pool: CheetahPool, nets: ActorCritic, tasks: list[int], num_steps: int, device: torch.device) -> tuple:
-    """Act for `num_steps` steps in all copies of K tasks.
-
-    Returns:
-        obs (S, K, P, 17), actions (S, K, P, 6), rewards, truncations, final_values (S, K, P) and last_value (K, P), as
-        `n_step_returns` takes them; and (task, returns of its copies) of the episodes that ended.
-    """
-    columns, finished = [], []
-    for _ in range(num_steps):
-        obs = torch.from_numpy(pool.observe(tasks)).to(device)         # (K, P, 17)
-        with torch.no_grad():
-            mean, log_std = nets.policy(nets.filter(obs, tasks), tasks)
-            noise = torch.randn(mean.shape).to(device)                 # of the CPU's generator, whatever the device
-            actions = mean + log_std.exp() * noise                     # neither squashed nor clipped
-        led_to, rewards, ended = pool.step(tasks, actions.cpu().numpy())
-        rewards = torch.from_numpy(rewards).to(device)
-        truncations, final_values = torch.zeros_like(rewards), torch.zeros_like(rewards)
-        if ended.any():
-            with torch.no_grad():
-                final_values = nets(torch.from_numpy(led_to).to(device), tasks)[2]
-            for row in np.flatnonzero(ended):
-                truncations[row] = 1
-                finished.append((tasks[row], pool.returns[tasks[row]].copy()))
-                pool.reset(tasks[row])
-        columns.append((obs, actions, rewards, truncations, final_values))
-    with torch.no_grad():
-        last_value = nets(torch.from_numpy(pool.observe(tasks)).to(device), tasks)[2]
-    return (*map(torch.stack, zip(*columns)), last_value), finished
-
-
-def a2c_update(args: Args, nets: ActorCritic, optimizer: torch.optim.Optimizer, rollout: tuple, tasks: list[int],
-               scale=None) -> dict[str, Tensor]:
-    """One A2C step for K tasks on their rollouts, their rewards changed by `scale` if there is one.
-
-    Returns:
-        Terms of the loss and the mean deviation of actions, (K,) each.
-    """
-    obs, actions, rewards, truncations, final_values, last_value = rollout
-    if scale is not None:
-        rewards = scale(rewards, truncations, tasks)
-    ends = truncations if args.timeout_is_terminal else torch.zeros_like(rewards)
-    returns = n_step_returns(rewards, ends, truncations, final_values, last_value, args.gamma)
-    obs, actions = (x.transpose(0, 1).flatten(1, 2) for x in (obs, actions))       # (K, S * P, ...)
-    returns = returns.transpose(0, 1).flatten(1)                                   # (K, S * P)
-    nets.filter.update(obs, tasks)                                     # once per update, before the loss
-    mean, log_std, values = nets(obs, tasks)
-    losses = a2c_losses(returns, values, gaussian_log_prob(actions, mean, log_std), gaussian_entropy(log_std),
-                        args.value_coef, args.entropy_coef)
-    optimizer.zero_grad()                                              # to None: RMSprop skips what a task does not use
-    sum(losses.values()).sum().backward()
-    if args.max_grad_norm:
-        for task in tasks:
-            nn.utils.clip_grad_norm_(nets.parameters_of(task), args.max_grad_norm)
-    optimizer.step()
-    return {name: loss.detach() for name, loss in losses.items()} | {"sigma": log_std.detach().exp().mean((1, 2))}
+    return {args.loss: loss.item(), "sigma": actions.stddev.mean().item()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
-def evaluate_cheetahs(policy, names: list[str], episodes: int, seed: int, frames: bool = False) -> dict:
-    """Episodes with the mean action, all side by side, in environments of their own.
+@torch.no_grad()
+def evaluate(args: Args, policies: dict, stopped=lambda: False) -> dict[str, np.ndarray] | None:
+    """Episodes by the mean action of each task's policy (observations -> Normal), with the same starts every time.
 
-    Args:
-        policy: observations (T, episodes, 17) -> actions (T, episodes, 6).
-        frames: also render each task's first episode, every tenth step of the first 600.
-    Returns:
-        returns, successes and the share of steps spent on the back, (T, episodes) each; frames.
+    Returns (T, episodes) of each; upside_down is the share of steps on the back. None once `stopped`.
     """
-    pool, film, tasks = CheetahPool(names, episodes, seed + 10_000), [], list(range(len(names)))
-    upside_down = np.zeros((len(names), episodes))
-    for t in range(HORIZON):
-        if frames and t % 10 == 0 and t < 600:
-            film.append([pool.render(task) for task in tasks])
-        with torch.no_grad():
-            actions = policy(torch.from_numpy(pool.observe(tasks))).cpu().numpy()
-        pool.step(tasks, actions)
-        upside_down += (np.cos(pool.state[..., 3]) < 0) / HORIZON      # time, x, height, pitch
-    return {"returns": pool.returns, "successes": pool.returns >= GOOD_RETURN, "upside_down": upside_down,
-            "frames": film}
+    rng, returns, upside_down = np.random.default_rng([args.seed, 1]), [], []
+    for name, policy in policies.items():
+        env, on_back = Cheetahs(name, args.eval_episodes, rng), 0
+        while env.steps < HORIZON:
+            if stopped():
+                return None
+            env.step(policy(env.observe().to(args.device)).mean)
+            on_back += (np.cos(env.state[:, 3]) < 0) / HORIZON         # of time, x, height, pitch
+        returns.append(env.returns)
+        upside_down.append(on_back)
+    returns = np.array(returns)
+    return {"return": returns, "success": returns >= GOOD_RETURN, "upside_down": np.array(upside_down)}
 
 
-def over_episodes(names: list[str], evaluation: dict) -> dict[str, float]:
-    """Each task's median and standard deviation over the episodes of an evaluation, and its time upside down."""
-    columns = {}
-    for name, returns, upside_down in zip(names, evaluation["returns"], evaluation["upside_down"]):
-        columns |= {f"{name}/median": float(np.median(returns)), f"{name}/std": float(returns.std()),
-                    f"{name}/upside_down": float(upside_down.mean())}
-    return columns
+def over_episodes(names: list[str], returns: np.ndarray) -> dict[str, float]:
+    """Each task's median return and standard deviation, (T, episodes)."""
+    kinds = {"median": np.median, "std": np.std}
+    return {f"{name}/{kind}": of(row) for kind, of in kinds.items() for name, row in zip(names, returns)}
 
 
-def print_gaits(names: list[str], evaluation: dict) -> None:
-    """One line: which cheetahs run, and which slide on their backs."""
-    shares = zip(names, evaluation["upside_down"].mean(1))
-    print("share of steps upside down: " + "  ".join(f"{name} {share:.2f}" for name, share in shares))
-
-
-TABLE_2 = {"paper, distillation 1M": dict(zip(PAPER, (1348.30, -63.07, 1413.55, 838.35, 2116.94, 1323.61)))}
-
-
-def load_actor_critic(folder: Path) -> tuple[ActorCritic, list[str]]:
-    """The networks of a run of multitask_a2c.py, with the names of their tasks."""
-    try:
-        about = json.loads((folder / "args.json").read_text())
-        settings = about["args"]
-        if about["script"] != "multitask_a2c":
-            raise Failure(f"{folder} was made by {about['script']}.py; give a run folder of multitask_a2c.py, or the "
-                          "folder teachers/ in one of distill_a2c.py")
-    except (OSError, ValueError, KeyError) as error:
-        raise Failure(f"{folder}: no args.json of multitask_a2c.py there ({error}); give its run folder") from error
-    nets = ActorCritic(len(settings["tasks"]), settings["hidden_size"], settings["log_std"],
-                       settings["share"] if settings["method"] == "vanilla" else None)
-    nets.load_state_dict(load_checkpoint(folder)["learners"])
-    return nets, settings["tasks"]
-
-
-def load_teachers(args: Args) -> ActorCritic:
-    """One network per task, gathered from the runs that --teachers names; the last run that has a task gives it."""
-    found = {}
-    for folder in args.teachers:
-        nets, tasks = load_actor_critic(folder)
-        found |= {name: (nets, task) for task, name in enumerate(tasks)}
-    if missing := [name for name in args.tasks if name not in found]:
-        raise Failure(f"--teachers: none of those runs has {', '.join(missing)}; they have {', '.join(found)}")
-    hidden, free = ({describe(found[name][0]) for name in args.tasks} for describe in
-                    (lambda nets: nets.value.own(0, 0)[0].shape[1], lambda nets: nets.policy.log_std is not None))
-    if len(hidden) > 1 or len(free) > 1:
-        raise Failure("--teachers must have been trained with the same --hidden-size and --log-std")
-    teachers = ActorCritic(len(args.tasks), hidden.pop(), "parameter" if free.pop() else "network", None)
-    with torch.no_grad():
-        for task, name in enumerate(args.tasks):
-            nets, row = found[name]
-            for ours, theirs in zip(teachers.parameters_of(task), nets.parameters_of(row)):
-                ours.copy_(theirs)
-            for key in ("count", "total", "squares"):
-                getattr(teachers.filter, key)[task] = getattr(nets.filter, key)[row]
-    return teachers
-
-
-def train_teachers(args: Args, run: Run, state: dict, save, device: torch.device) -> ActorCritic:
-    """A2C on every task by itself, all side by side; leaves a run folder `teachers` as multitask_a2c.py makes them.
-
-    Args:
-        state: where an earlier process got to: teacher_step, learners, optimizer, pool; or {"teacher_step": 0}.
-        save: called with the same now and then.
-    """
-    tasks, names = list(range(len(args.tasks))), list(args.tasks)
-    nets = ActorCritic(len(tasks), args.hidden_size, "parameter", None).to(device)
-    optimizer = torch.optim.RMSprop(nets.parameters(), lr=args.lr, alpha=0.99, eps=1e-5)
-    pool, step = CheetahPool(names, args.num_envs, args.seed), state["teacher_step"]
-    if step:
-        nets.load_state_dict(state["teachers"])
-        optimizer.load_state_dict(state["teacher_optimizer"])
-        pool.set_state(state["pool"])
-        torch.set_rng_state(state["torch"])                            # after the draws for initial weights
-    earned, total = {}, args.teacher_timesteps
-
-    def save_teachers() -> None:
-        check_finite(step, dict(nets.named_parameters()))              # keeps the last good one
-        save(dict(teacher_step=step, teachers=nets.state_dict(), teacher_optimizer=optimizer.state_dict(),
-                  pool=pool.get_state()))
-
-    while step < total and not run.stop_signal:
-        rollout, finished = collect(pool, nets, tasks, args.num_steps, device)
-        losses = a2c_update(args, nets, optimizer, rollout, tasks)
-        previous, step = step, step + len(tasks) * args.num_envs * args.num_steps
-        earned |= {task: returns.mean() for task, returns in finished}
-        if crossed(previous, step, args.eval_every) or step >= total:
-            check_finite(step, losses | dict(nets.named_parameters()))
-            progress = f"training return {np.mean(list(earned.values())):.1f}" if earned else "no episode has ended yet"
-            print(f"teachers: step {min(step, total):,}/{total:,}  {progress}", flush=True)
-        if crossed(previous, step, args.checkpoint_every) or step >= total:
-            save_teachers()
-    if run.stop_signal:
-        save_teachers()
-        print(f"teachers: saved at step {step:,}; the student has not begun")
-        return nets
-    folder = run.dir / "teachers"
-    folder.mkdir(exist_ok=True)
-    settings = dict(tasks=names, hidden_size=args.hidden_size, log_std="parameter", share="paper", method="scratch")
-    write_whole(folder / "args.json", lambda tmp: tmp.write_text(json.dumps({"script": "multitask_a2c",
-                                                                             "args": settings}, indent=2) + "\n"))
-    write_whole(folder / "checkpoint.pt", partial(torch.save, {"learners": nets.state_dict(), "global_step": step}))
-    return nets
-
-
-def train(args: Args) -> Path | None:
-    """Teachers first, if none are given; then the student, head by head; returns the run folder."""
-    # Set-up ------------------------------------------------------------------------------------------------
-    device = pick_device(args.device)
-    random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)                             # who acts in a rollout
-    names, num_tasks = list(args.tasks), len(args.tasks)
-    heads = list(range(num_tasks))
-    student = Student(num_tasks, args.hidden_size).to(device)
-    optimizer = torch.optim.RMSprop(student.parameters(), lr=args.lr, alpha=0.99, eps=1e-5)
-
-    def policy(obs: Tensor) -> Tensor:
-        return student(obs.to(device), heads)[0]
-
+def train(args: Args) -> Path:
+    """Visit states, move a head towards its teacher, task by task; returns the run folder."""
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    rng, students, teachers = np.random.default_rng(args.seed), nn.ModuleDict(), nn.ModuleDict()
+    state = load_checkpoint(args.resume or args.evaluate) if args.resume or args.evaluate else {}
+    learnt = state["teachers"] if state else load_teachers(args)
+    for name in args.tasks:
+        trunk = students[args.tasks[0]] if students and args.method == "distill" else None
+        students[name] = Policy(args.hidden_size, "parameter", trunk)
+        if state:
+            students[name].load_state_dict(state["students"][name])
+        log_std = "parameter" if "log_std" in learnt[name] else "network"
+        teachers[name] = Policy(len(learnt[name]["pi1.bias"]), log_std)
+        teachers[name].load_state_dict({key: learnt[name][key] for key in teachers[name].state_dict()})     # no critic
+    students.to(args.device), teachers.to(args.device)
     if args.evaluate:
-        state = load_checkpoint(args.evaluate)
-        if state["teacher_step"] is not None:
-            raise Failure(f"--evaluate {args.evaluate}: its teachers are not done yet; --resume it first")
-        student.load_state_dict(state["learners"])
-        evaluation = evaluate_cheetahs(policy, names, args.eval_episodes, args.seed, frames=args.capture_video)
-        print_table(names, evaluation)
-        print_gaits(names, evaluation)
+        print_table(args.tasks, evaluate(args, students))
         if args.capture_video:
-            save_animation(args.evaluate / "tasks.gif", names, evaluation["frames"])
+            film(args, students, args.evaluate)
         return args.evaluate
 
-    state = load_checkpoint(args.resume) if args.resume else {"global_step": 0, "seconds": 0.0, "teacher_step": 0}
-    global_step, per_update = state["global_step"], args.num_envs * args.num_steps
-    if global_step - num_tasks * per_update >= args.total_timesteps:   # the last round may overshoot
-        raise Failure(f"--resume {args.resume}: that run has {global_step:,} steps already; "
-                      f"give a larger --total-timesteps than {args.total_timesteps:,}")
-    teachers = load_teachers(args).to(device) if args.teachers and not args.resume else None
-    run = Run(args, names, global_step, state["seconds"])
-    pool = CheetahPool(names, args.num_envs, args.seed + 1)            # not the teachers' episodes again
-    losses = {task: defaultdict(list) for task in heads}
-
-    def save(teaching: dict | None = None) -> None:
-        """Everything that the next step reads; `teaching`: what the training of teachers has instead of a student's."""
-        check_finite(global_step, dict(student.named_parameters()))    # keeps the last good one
-        run.save(dict(
-            global_step=global_step, learners=student.state_dict(), optimizer=optimizer.state_dict(),
-            torch=torch.get_rng_state(), numpy=json.dumps(rng.bit_generator.state), pool=pool.get_state(),
-            teachers=None if teachers is None else teachers.state_dict(), teacher_step=None) | (teaching or {}))
-
+    optimizer = torch.optim.RMSprop(students.parameters(), args.lr, alpha=0.99, eps=1e-5)
+    envs = {name: Cheetahs(name, args.num_envs, rng) for name in args.tasks}
     if args.resume:
-        student.load_state_dict(state["learners"])
         optimizer.load_state_dict(state["optimizer"])
-        rng.bit_generator.state = json.loads(state["numpy"])
-        if state["teacher_step"] is None:                              # the teachers are done
-            log_std = "parameter" if "policy.log_std.0" in state["teachers"] else "network"
-            hidden = state["teachers"]["value.layers.0.weights.0"].shape[1]
-            teachers = ActorCritic(num_tasks, hidden, log_std, None).to(device)
-            teachers.load_state_dict(state["teachers"])
-            pool.set_state(state["pool"])
-            torch.set_rng_state(state["torch"])                        # after the draws for initial weights
-    else:
-        save({"teacher_step": 0} if teachers is None else None)        # from here on a killed run can be resumed
-    if teachers is None:
-        nets = train_teachers(args, run, state, save, device)
-        if not run.stop_signal:
-            teachers = nets
-            save()
-        run.earlier_seconds, run.started = run.seconds(), time.perf_counter()      # speed is the student's
-    if teachers is not None:
-        teachers.requires_grad_(False)
+        rng.bit_generator.state = json.loads(state["rng"])
+        torch.set_rng_state(state["torch_rng"])
+        for env, (steps, *arrays) in zip(envs.values(), state["envs"]):
+            env.steps, env.state, env.returns = steps, *(array.numpy() for array in arrays)
+    run, global_step = Run(args, "halfcheetah", args.tasks, state), state.get("global_step", 0)
+    losses = state.get("losses", [])
 
-    while global_step < args.total_timesteps and not run.stop_signal:
-        previous_step = global_step
-        for task in heads:
-            # Visit states, as the student or as the teacher ---------------------------------------------------
-            actor = student if rng.random() < args.p_student else teachers
-            obs, finished = visit_states(pool, actor, [task], args.num_steps, device)
-            global_step += per_update
-            for _, returns in finished:
-                run.add(f"tasks/{names[task]}", {"episodic_return": returns.mean(), "episodic_length": HORIZON,
-                                                 "success": (returns >= GOOD_RETURN).mean()})
+    def save() -> None:
+        """Everything that the next step reads."""
+        run.save(global_step, dict(
+            students={name: student.state_dict() for name, student in students.items()}, losses=losses,
+            teachers={name: teacher.state_dict() for name, teacher in teachers.items()},
+            optimizer=optimizer.state_dict(), rng=json.dumps(rng.bit_generator.state), torch_rng=torch.get_rng_state(),
+            envs=[(env.steps, torch.from_numpy(env.state), torch.from_numpy(env.returns)) for env in envs.values()]))
 
-            # Update: this task's head, and the trunk ----------------------------------------------------------
-            for name, value in distill_update(args, student, teachers, optimizer, obs, [task]).items():
-                losses[task][name].append(value[0])
-
-        # Log, evaluate, save --------------------------------------------------------------------------------
-        evaluate_now = crossed(previous_step, global_step, args.eval_every) or global_step >= args.total_timesteps
-        if evaluate_now:
-            evaluation = evaluate_cheetahs(policy, names, args.eval_episodes, args.seed)
-            latest = {f"{name}/{args.loss}": losses[task][args.loss][-1] for task, name in enumerate(names)}
-            check_finite(global_step, latest)
-            columns = over_episodes(names, evaluation) | {key: value.item() for key, value in latest.items()}
-            run.log_evaluation(global_step, evaluation, columns)
-        if crossed(previous_step, global_step, LOG_EVERY) or evaluate_now:
-            log_terms(run, names, losses, student, global_step)
+    save()                                                             # from here on a killed run can be resumed
+    while True:
+        if run.due(global_step):
+            result = evaluate(args, students, run.stop.is_set)
+            if result is not None:
+                divergence = {f"{name}/{args.loss}": terms[args.loss] for name, terms in zip(args.tasks, losses)}
+                run.log_evaluation(global_step, result, over_episodes(run.names, result["return"]) | divergence)
+        if global_step >= args.total_timesteps or run.stop.is_set():
+            break
+        round_start, losses = global_step, []
+        for name in args.tasks:                                        # the tasks take turns
+            student, teacher = students[name], teachers[name]
+            obs, earned = visit_states(args, envs[name], student if rng.random() < args.p_student else teacher)
+            global_step += len(obs)
+            losses.append(distill_update(args, student, teacher, optimizer, obs))
+            if earned is not None:
+                run.log(f"tasks/{name}", {"episodic_return": earned.mean(), "episodic_length": HORIZON,
+                                          "success": (earned >= GOOD_RETURN).mean()})
+        run.log("losses", {key: [terms[key] for terms in losses] for key in losses[0]})
+        if crossed(round_start, global_step, LOG_EVERY):
             run.write(global_step)
-        if crossed(previous_step, global_step, args.checkpoint_every):
+        if crossed(round_start, global_step, args.checkpoint_every):
             save()
 
-    # Finish --------------------------------------------------------------------------------------------------
-    if run.saved_at != global_step and teachers is not None:
-        save()
-    if not run.stop_signal:
-        taught = evaluate_cheetahs(lambda obs: teachers(obs.to(device), heads)[0], names, args.eval_episodes, args.seed)
-        evaluation = evaluate_cheetahs(policy, names, args.eval_episodes, args.seed, frames=args.capture_video)
-        own = {"teacher, median": dict(zip(names, np.median(taught["returns"], axis=1)))}
-        plot_tasks(run.dir / "tasks.png", names, evaluation["returns"], own | TABLE_2)
-        plot_divergence(run.dir, names, args.loss)
-        if args.capture_video:
-            save_animation(run.dir / "tasks.gif", names, evaluation["frames"])
-        print("teachers:")
-        print_table(names, taught)
-        print("student:")
-        print_table(names, evaluation)
-        print_gaits(names, evaluation)
+    save()
+    taught = None if run.stop.is_set() else evaluate(args, teachers, run.stop.is_set)
+    if taught is not None:
+        medians = dict(zip(args.tasks, np.median(taught["return"], axis=1)))
+        plot_tasks(run.dir / "tasks.png", args.tasks, result["return"], {"teacher, median": medians} | TABLE_2)
+        plot_divergence(run.dir, args.tasks, args.loss)
+        for who, outcome in (("teachers", taught), ("student", result)):
+            print(f"{who}:")
+            print_table(args.tasks, outcome)
     run.close()
+    if args.capture_video:
+        film(args, students, run.dir)
     return run.dir
-
-
-def log_terms(run: Run, names: list[str], losses: dict, nets: nn.Module, global_step: int) -> None:
-    """Means since the last call to TensorBoard; stop if one of them, or a parameter, is not finite."""
-    means = {f"{names[task]}/{name}": torch.stack(values).mean().cpu() for task, terms in losses.items()
-             for name, values in terms.items()}
-    for terms in losses.values():
-        terms.clear()
-    check_finite(global_step, means | dict(nets.named_parameters()))
-    run.add("losses", {key: value.item() for key, value in means.items()})
-    for name in {key.split("/")[1] for key in means}:
-        run.add("losses", {name: np.mean([value.item() for key, value in means.items() if key.endswith("/" + name)])})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures of the method
 # ---------------------------------------------------------------------------------------------------------------------
-def plot_tasks(path: Path, names: list[str], returns: np.ndarray, published: dict[str, dict[str, float]]) -> None:
-    """Each evaluation episode as a dot, (T, episodes), beside the paper's means over 20 episodes."""
-    figure = Figure(figsize=(2 + 1.2 * len(names), 4), layout="constrained")
-    axis = figure.subplots()
-    for i, values in enumerate(returns):
-        axis.plot(np.full(len(values), i), values, ".", color="black", alpha=0.4, label="episodes" if i == 0 else None)
-        axis.plot([i - 0.2, i + 0.2], [np.median(values)] * 2, color="black", label="median" if i == 0 else None)
-    for colour, (label, values) in enumerate(published.items()):
-        known = [i for i, name in enumerate(names) if name in values]
-        axis.plot([i + 0.15 for i in known], [values[names[i]] for i in known], "D", color=f"C{colour}",
-                  label=label)
-    axis.set_xticks(range(len(names)), names)
-    axis.set(ylabel="return", xlim=(-0.5, len(names) - 0.5))
+def plot_tasks(path: Path, names: list[str], returns: np.ndarray, others: dict[str, dict[str, float]]) -> None:
+    """Each evaluation episode as a dot, (T, episodes), and its task's median, beside the numbers of others."""
+    axis = Figure(figsize=(2 + 1.2 * len(names), 4), layout="constrained").subplots()
+    axis.plot(names, returns, ".", color="black", alpha=0.4)
+    axis.plot(names, np.median(returns, axis=1), "k_", markersize=18, label="median of our episodes, the dots")
+    for label, values in others.items():
+        known = [name for name in names if name in values]
+        axis.plot(known, [values[name] for name in known], "D", label=label)
+    axis.set_ylabel("return")
     axis.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120)
+    axis.figure.savefig(path, dpi=120)
 
 
 def plot_divergence(folder: Path, names: list[str], loss: str) -> None:
     """divergence.png from metrics.csv: each head's distance from its teacher."""
     table = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True, deletechars="", ndmin=1)
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axis = figure.subplots()
+    axis = Figure(figsize=(6, 4), layout="constrained").subplots()
     for name in names:
         axis.plot(table["global_step"], table[f"{name}/{loss}"], ".-", label=name)
-    axis.set(xlabel="environment steps, summed over tasks", yscale="log",
-             ylabel="KL [nats]" if loss == "kl" else "mean squared difference")
+    axis.set(xlabel=STEPS, yscale="log", ylabel=f"{loss} [nats]" if loss != "mse" else loss)
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.legend(frameon=False)
-    figure.savefig(folder / "divergence.png", dpi=120)
+    axis.figure.savefig(folder / "divergence.png", dpi=120)
+
+
+@torch.no_grad()
+def film(args: Args, policies: dict, folder: Path) -> None:
+    """<task>.gif: an episode with the mean action, every tenth step of the first 600."""
+    for name, policy in policies.items():
+        env, frames = Cheetahs(name, 1, np.random.default_rng([args.seed, 1])), []
+        try:
+            renderer = mujoco.Renderer(env.model, 200, 300)
+        except Exception as error:                                     # whatever the OpenGL at hand raises
+            sys.exit(f"--capture-video needs OpenGL ({error}): set MUJOCO_GL=egl, or MUJOCO_GL=osmesa without a GPU")
+        while env.steps < 600:
+            if env.steps % 10 == 0:
+                mujoco.mj_setState(env.model, env.data, env.state[0], mujoco.mjtState.mjSTATE_FULLPHYSICS)
+                mujoco.mj_forward(env.model, env.data)
+                renderer.update_scene(env.data, camera="track")
+                frames.append(renderer.render())
+            env.step(policy(env.observe().to(args.device)).mean)
+        imageio.mimsave(folder / f"{name}.gif", frames, duration=60, loop=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Shared blocks: the same text in every script
+# Run folder: the same text in every script
 # ---------------------------------------------------------------------------------------------------------------------
-class Failure(Exception):
-    """What the user can mend: shown as one message without a traceback; the program ends with `status`."""
-
-    def __init__(self, message: str, status: int = 2):
-        super().__init__(message)
-        self.status = status
-
-
 def crossed(before: int, after: int, period: int) -> bool:
     """Whether a multiple of `period` lies in (before, after]: the step counter grows by more than one."""
     return after // period > before // period
 
 
-def pick_device(name: str) -> torch.device:
-    """auto takes cuda if present, else cpu."""
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    try:
-        torch.zeros(1, device=device)
-    except (AssertionError, RuntimeError) as error:
-        raise Failure(f"--device {name}: PyTorch {torch.__version__} finds none here; use --device auto") from error
-    return device
+class Run:
+    """A run's folder and voice: args.json, metrics.csv, TensorBoard, checkpoint.pt, progress bar, stop signals."""
+
+    def __init__(self, args: Args, family: str, names: list[str], state: dict):
+        """`family` begins the folder's name; `names` are the tasks'; `state` is the checkpoint to go on from, or {}."""
+        self.args, self.names, self.pending, self.rows = args, names, defaultdict(list), state.get("rows", [])
+        self.started, first_step = time.time() - state.get("seconds", 0.0), state.get("global_step", 0)
+        if self.rows and self.rows[-1]["global_step"] >= args.total_timesteps:         # evaluated at its end, too
+            sys.exit(f"{args.resume} has {first_step:,} steps already; give a larger --total-timesteps")
+        stem = f"{family}__{Path(__file__).stem}__{args.method}__s{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+        self.dir = args.resume or args.runs_dir / stem
+        self.dir.mkdir(parents=True, exist_ok=args.resume is not None)
+        self.lock = FileLock(self.dir / "lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            sys.exit(f"another process still writes to {self.dir}; stop it first")
+        about = json.loads((self.dir / "args.json").read_text(encoding="utf-8")) if args.resume else {"commands": []}
+        about |= {"script": Path(__file__).stem, "args": asdict(args),
+                  "versions": {package.name: package.version for package in distributions()}}
+        about["commands"].append(shlex.join(["python", *sys.argv]))
+        (self.dir / "args.json").write_text(json.dumps(about, indent=2, default=str), encoding="utf-8")
+        self.write_rows()                                              # drops what came after the checkpoint
+        self.writer = SummaryWriter(self.dir, purge_step=first_step + 1)
+        self.bar = tqdm(total=args.total_timesteps, initial=first_step, unit="step", unit_scale=True, disable=None)
+        self.stop, self.handlers = threading.Event(), {}
+        for number in (signal.SIGINT, signal.SIGTERM):                 # not those that nohup and the like ignore
+            if threading.current_thread() is threading.main_thread() and signal.getsignal(number) != signal.SIG_IGN:
+                self.handlers[number] = signal.signal(number, self.on_signal)
+        tqdm.write(f"writing to {self.dir}")
+
+    def on_signal(self, number, frame) -> None:
+        """First Ctrl-C or SIGTERM: finish this step or leave this evaluation, save, end. Second: end at once."""
+        os.write(2, b"\nstopping after a checkpoint; a second signal stops at once\n")       # print may be half-way
+        self.stop_signal = number
+        self.stop.set()
+        signal.signal(number, self.handlers[number])
+
+    def log(self, group: str, values: dict) -> None:
+        """Collect numbers, or one per task, (T,): `write` sends means to group/key and group/<task>/key."""
+        for key, value in values.items():
+            self.pending[group, key].append(np.asarray(value))
+
+    def write(self, global_step: int) -> None:
+        """What has come since the last call, to TensorBoard; the end of the run where it is not finite."""
+        self.log("charts", {"SPS": global_step / (time.time() - self.started)})
+        for (group, key), values in self.pending.items():
+            mean = np.mean(values, axis=0)                             # () or (T,)
+            if not np.isfinite(mean).all():
+                sys.exit(f"{group}/{key} is not finite at step {global_step:,}; {self.dir / 'checkpoint.pt'} is from "
+                         "before that. A smaller --lr is the usual remedy")
+            self.writer.add_scalar(f"{group}/{key}", mean.mean(), global_step)
+            for name, value in zip(self.names, mean) if mean.ndim else ():
+                self.writer.add_scalar(f"{group}/{name}/{key}", value, global_step)
+        self.pending.clear()
+        self.bar.update(global_step - self.bar.n)
+
+    def due(self, global_step: int) -> bool:
+        """Whether an evaluation is due: a multiple of --eval-every after the last row of metrics.csv, or the end."""
+        last, total = self.rows[-1]["global_step"] if self.rows else 0, self.args.total_timesteps
+        return crossed(last, global_step, self.args.eval_every) or last < total <= global_step
+
+    def log_evaluation(self, global_step: int, result: dict[str, np.ndarray], extra: dict[str, float]) -> None:
+        """A row of metrics.csv, for TensorBoard and the reader, too; `result` has "return" and more, (T, episodes)."""
+        row = {f"mean_{kind}": values.mean() for kind, values in result.items()}
+        row |= {f"{name}/{kind}": row.mean() for kind, rows in result.items() for name, row in zip(self.names, rows)}
+        row = {key: float(f"{value:.6g}") for key, value in (row | extra).items()}
+        seconds = time.time() - self.started
+        self.rows.append({"global_step": global_step, "seconds": round(seconds, 1)} | row)
+        self.write_rows()
+        self.log("eval", row)
+        self.write(global_step)
+        means = "  ".join(f"{kind} {values.mean():.2f}" for kind, values in result.items())
+        tqdm.write(f"step {global_step:,}/{self.args.total_timesteps:,}  {means}  {global_step / seconds:,.0f} steps/s")
+
+    def write_rows(self) -> None:
+        """metrics.csv, whole."""
+        with open(self.dir / "metrics.csv", "w", newline="", encoding="utf-8") as file:
+            columns = dict.fromkeys(key for row in self.rows for key in row)         # later rows may have more
+            table = csv.DictWriter(file, columns or ["global_step", "seconds"])
+            table.writeheader()
+            table.writerows(self.rows)
+
+    def save(self, global_step: int, state: dict) -> None:
+        """Write the checkpoint beside, then rename: a killed run leaves the previous one or this one, never half."""
+        self.write(global_step)                                        # ends the run where something is not finite
+        state |= {"global_step": global_step, "rows": self.rows, "seconds": time.time() - self.started}
+        torch.save(state, self.dir / "checkpoint.tmp")
+        os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
+
+    def close(self) -> None:
+        """Draw the curves, say where everything is; after a signal, end with the exit status that it stands for."""
+        self.bar.close(), self.writer.close(), self.lock.release()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.rows:
+            plot_curves(self.dir, self.names)
+        if self.stop.is_set():
+            print(f"stopped; go on with: {shlex.join(['python', sys.argv[0], '--resume', str(self.dir)])}")
+            sys.exit(128 + self.stop_signal)
+        print(f"run folder: {self.dir}")
 
 
-def check_finite(global_step: int, tensors: dict[str, Tensor]) -> None:
-    """Stop on a loss or a parameter that is not finite; the last checkpoint is older and good."""
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise Failure(f"{name} is not finite at step {global_step:,}; the last checkpoint is from before that. "
-                          "A smaller --lr is the usual remedy", status=1)
+def plot_curves(folder: Path, names: list[str]) -> None:
+    """curves.png from metrics.csv: success and return over steps, the mean thick, each task thin."""
+    table = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True, deletechars="", ndmin=1)
+    kinds = [kind for kind in ("success", "return") if f"mean_{kind}" in table.dtype.names]
+    figure = Figure(figsize=(2 + 4.5 * len(kinds), 4), layout="constrained")
+    for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
+        for i, name in enumerate(names):
+            axis.plot(table["global_step"], table[f"{name}/{kind}"], ("-", "--", ":")[i // 10 % 3], lw=0.8, label=name)
+        axis.plot(table["global_step"], table[f"mean_{kind}"], "k", lw=2.5, label="mean")
+        axis.set(xlabel=STEPS, ylabel=f"evaluated {kind}")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
+    figure.savefig(folder / "curves.png", dpi=120)
 
 
-def write_whole(path: Path, write) -> None:
-    """Call `write(temporary path)`, then rename: a killed run leaves the previous file or the new one, never half."""
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        write(tmp)
-        os.replace(tmp, path)
-    except (OSError, RuntimeError) as error:                           # torch.save makes a full disk a RuntimeError
-        free = shutil.disk_usage(path.parent).free / 2**20
-        tmp.unlink(missing_ok=True)
-        raise Failure(f"cannot write {path}, with {free:.1f} MB free there ({error}). What was saved before is intact: "
-                      f"free some space, then --resume {path.parent}", status=1) from error
+def print_table(names: list[str], result: dict[str, np.ndarray]) -> None:
+    """One row per task and one for all: means over episodes, and the standard deviation of the return."""
+    print(f"{'task':<24}" + "".join(f"{kind:>12}" for kind in result) + f"{'return +-':>12}")
+    for i, name in enumerate([*names, "all"]):
+        row = {kind: values[i] if i < len(names) else values for kind, values in result.items()}
+        print(f"{name:<24}" + "".join(f"{x.mean():>12.2f}" for x in row.values()) + f"{row['return'].std():>12.2f}")
 
 
 def load_checkpoint(folder: Path) -> dict:
     """The checkpoint of a run folder, on the CPU."""
     try:
         return torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise Failure(f"{folder} has no checkpoint.pt: the run ended before its first one; start it again") from None
-    except Exception as error:                                         # whatever a damaged file raises
-        raise Failure(f"{folder / 'checkpoint.pt'} is damaged ({type(error).__name__}); bring back a copy of it, or "
-                      "start the run again") from error
+    except Exception as error:                                         # missing, or whatever a damaged file raises
+        sys.exit(f"{folder} has no checkpoint.pt that can be read ({type(error).__name__}); give the folder of a run")
 
 
-def print_table(names: list[str], evaluation: dict) -> None:
-    """One row per task and one for all: mean return with its standard deviation over episodes, and success."""
-    returns, successes = evaluation["returns"], evaluation["successes"]
-    print(f"{'task':<24}{'return':>10}{'+-':>9}{'success':>9}   ({returns.shape[1]} episodes each)")
-    for name, episodic_returns, success in zip([*names, "all"], [*returns, returns], [*successes, successes]):
-        print(f"{name:<24}{episodic_returns.mean():>10.1f}{episodic_returns.std():>9.1f}{success.mean():>9.2f}")
-
-
-def save_animation(path: Path, names: list[str], frames: list[list[np.ndarray]]) -> None:
-    """All tasks side by side as an animated GIF, which any browser shows: one list of (H, W, 3) images per frame."""
-    columns, (height, width, _) = math.ceil(math.sqrt(len(names))), frames[0][0].shape
-    film = []
-    for images in frames:
-        film.append(Image.new("RGB", (columns * (width + 4), -(-len(names) // columns) * (height + 16)), "white"))
-        for i, (name, image) in enumerate(zip(names, images)):
-            x, y = i % columns * (width + 4), i // columns * (height + 16)
-            ImageDraw.Draw(film[-1]).text((x + 2, y + 2), name, fill="black")
-            film[-1].paste(Image.fromarray(image), (x, y + 14))
-    write_whole(path, lambda tmp: film[0].save(tmp, "GIF", save_all=True, append_images=film[1:], duration=60, loop=0))
-    print(f"wrote {path}")
-
-
-def ray_cast(model: mujoco.MjModel, data: mujoco.MjData, target: tuple, distance: float, azimuth: float,
-             elevation: float, size: int = 160) -> np.ndarray:
-    """Picture (size, size, 3) of a MuJoCo scene by casting one ray per pixel: slow, but needs no screen and no OpenGL.
-
-    Args:
-        target: point in the middle of the picture [m]; the camera is `distance` away, at two angles [degrees].
-    """
-    a, e = math.radians(azimuth), math.radians(elevation)
-    forward = np.array([math.cos(e) * math.cos(a), math.cos(e) * math.sin(a), math.sin(e)])
-    right = np.array([math.sin(a), -math.cos(a), 0.0])
-    span = 0.4 * np.linspace(-1, 1, size)                              # a field of view of 44 degrees
-    rays = forward + span[None, :, None] * right - span[:, None, None] * np.cross(right, forward)
-    rays /= np.linalg.norm(rays, axis=-1, keepdims=True)
-    eye, geom, depth = np.array(target) - distance * forward, np.empty(size**2, np.int32), np.empty(size**2)
-    visible = np.array([1, 1, 1, 0, 0, 0], np.uint8)                   # groups of geoms, as MuJoCo's viewer has them
-    mujoco.mj_multiRay(model, data, eye, rays.ravel(), visible, 1, -1, geom, depth, size**2, mujoco.mjMAXVAL)
-    geom, points = geom.reshape(size, size), eye + rays * depth.reshape(size, size, 1)
-    normal = np.cross(np.gradient(points, axis=1), np.gradient(points, axis=0))
-    normal /= np.linalg.norm(normal, axis=-1, keepdims=True) + 1e-12
-    light = 0.4 + 0.6 * np.abs(normal @ (0.3, -0.5, 0.8))[..., None]
-    material = model.geom_matid[:, None]
-    colour = np.where(material >= 0, model.mat_rgba[material[:, 0]] if model.nmat else 0.0, model.geom_rgba)[:, :3]
-    return (255 * np.where(geom[..., None] >= 0, colour[geom] * light, 1.0).clip(0, 1)).astype(np.uint8)
-
-
-def plot_curves(folder: Path, names: list[str]) -> None:
-    """curves.png from metrics.csv: success and return over environment steps, the mean thick, each task thin."""
-    table = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True, deletechars="", ndmin=1)
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for axis, kind in zip(axes, ("success", "return")):
-        for i, name in enumerate(names):
-            axis.plot(table["global_step"], table[f"{name}/{kind}"], ("-", "--", ":")[i // 10 % 3], linewidth=0.8,
-                      label=name)
-        axis.plot(table["global_step"], table[f"mean_{kind}"], "k", linewidth=2.5, label="mean")
-        axis.set(xlabel="environment steps, summed over tasks", ylabel=f"evaluated {kind}")
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
-    figure.savefig(folder / "curves.png", dpi=120)
-
-
-class Run:
-    """A run's folder and voice: args.json, metrics.csv, TensorBoard, checkpoint.pt, progress line, stop signals."""
-
-    def __init__(self, args: Args, names: list[str], global_step: int = 0, seconds: float = 0.0):
-        self.args, self.names, self.pending, self.stop_signal, self.saved_at = args, names, defaultdict(list), 0, None
-        self.start_step, self.earlier_seconds, self.started = global_step, seconds, time.perf_counter()
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        script, about = Path(__file__), {"commands": []}
-        if args.resume:
-            self.dir, about = args.resume, json.loads((args.resume / "args.json").read_text())
-        else:
-            stem = f"{args.env}__{script.stem}__{args.method}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-            self.dir, number = args.runs_dir / stem, 1
-            while self.dir.exists():                                   # by another run that began in the same second
-                number += 1
-                self.dir = args.runs_dir / f"{stem}-{number}"
-            try:
-                self.dir.mkdir(parents=True)
-            except OSError as error:
-                raise Failure(f"--runs-dir {args.runs_dir}: cannot make {self.dir} ({error.strerror})") from error
-        self.metrics = self.dir / "metrics.csv"
-        if args.resume:
-            text = self.metrics.read_text() if self.metrics.exists() else ""
-            rows = [row for row in text.splitlines(keepends=True) if row[-1] == "\n"]           # no torn last row
-            keep = rows[:1] + [row for row in rows[1:] if int(row.split(",")[0]) <= global_step]
-            write_whole(self.metrics, lambda tmp: tmp.write_text("".join(keep)))   # the rest is about to be repeated
-        pinned = re.findall(r'"([\w-]+)[^"]*==', script.read_text().split("# ///")[1])
-        self.settings = json.loads(json.dumps(asdict(args), default=str))              # paths become text
-        about |= {"script": script.stem, "args": self.settings, "versions": {name: version(name) for name in pinned}}
-        about["commands"].append(" ".join(sys.argv))
-        write_whole(self.dir / "args.json", lambda tmp: tmp.write_text(json.dumps(about, indent=2) + "\n"))
-        print(f"writing to {self.dir}", flush=True)
-        self.writer = SummaryWriter(self.dir, purge_step=global_step + 1)
-        self.bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True,
-                        disable=not sys.stderr.isatty())
-
-    def on_signal(self, number, frame) -> None:
-        """First Ctrl-C or SIGTERM: finish this step, save, end. Second: end at once."""
-        self.stop_signal = number
-        signal.signal(number, signal.SIG_DFL)
-
-    def add(self, group: str, values: dict[str, float]) -> None:
-        """Collect scalars for TensorBoard under group/key; `write` logs the mean of each."""
-        for key, value in values.items():
-            self.pending[f"{group}/{key}"].append(value)
-
-    def write(self, global_step: int) -> None:
-        """Send to TensorBoard what has come since the last call; move the progress line."""
-        returns = [np.mean(self.pending[key]) for key in self.pending if key.endswith("/episodic_return")]
-        self.add("charts", {"episodic_return": np.mean(returns)} if returns else {})
-        self.add("charts", {"SPS": self.speed(global_step)})
-        for key, values in self.pending.items():
-            self.writer.add_scalar(key, np.mean(values), global_step)
-        self.pending.clear()
-        self.bar.update(global_step - self.bar.n)
-
-    def speed(self, global_step: int) -> float:
-        """Environment steps per second of this process."""
-        return (global_step - self.start_step) / (time.perf_counter() - self.started)
-
-    def seconds(self) -> float:
-        """Wall time of the run, earlier processes included."""
-        return self.earlier_seconds + time.perf_counter() - self.started
-
-    def log_evaluation(self, global_step: int, evaluation: dict, extra: dict[str, float]) -> None:
-        """A row of metrics.csv, the same to TensorBoard under eval/, and a line for the reader."""
-        means = {"return": evaluation["returns"].mean(1), "success": evaluation["successes"].mean(1)}   # (T,) each
-        row = {f"mean_{kind}": values.mean() for kind, values in means.items()}
-        row |= {f"{name}/{kind}": values[i] for i, name in enumerate(self.names) for kind, values in means.items()}
-        row |= extra
-        with open(self.metrics, "a") as file:
-            if file.tell() == 0:
-                file.write(",".join(["global_step", "seconds", *row]) + "\n")
-            values = ",".join(f"{value:.6g}" if isinstance(value, float) else str(value) for value in row.values())
-            file.write(f"{global_step},{self.seconds():.1f},{values}\n")
-        self.add("eval", row)
-        summary = f"return {row['mean_return']:.1f}  success {row['mean_success']:.2f}"
-        self.bar.set_postfix_str(summary)
-        if self.bar.disable:                                           # not a terminal
-            total, speed = self.args.total_timesteps, self.speed(global_step)
-            print(f"step {global_step:,}/{total:,}  {summary}  {speed:,.0f} steps/s  "
-                  f"{(total - global_step) / speed / 60:.1f} min left", flush=True)
-
-    def save(self, state: dict) -> None:
-        """Write the checkpoint: whatever happens, `--resume` finds the previous one or this one."""
-        state |= {"args": self.settings, "seconds": self.seconds()}
-        write_whole(self.dir / "checkpoint.pt", partial(torch.save, state))
-        self.saved_at = state["global_step"]
-
-    def close(self) -> None:
-        """Draw the curves, say where everything is; after a signal, end with the exit status that it stands for."""
-        self.bar.close()
-        self.writer.close()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if self.metrics.exists() and self.metrics.stat().st_size:
-            plot_curves(self.dir, self.names)
-        if self.stop_signal:
-            print(f"stopped at step {self.saved_at:,}; go on with: python {sys.argv[0]} --resume {self.dir}")
-            sys.exit(128 + self.stop_signal)
-        print(f"run folder: {self.dir}")
-
-
-MAY_CHANGE = {"total_timesteps", "device", "eval_every", "eval_episodes", "checkpoint_every", "capture_video",
-              "runs_dir", "resume", "evaluate"}                        # between a run and its continuation
-
-
-def read_args(settings: type, argv: list[str] | None = None):
+def read_args(argv: list[str] | None = None) -> Args:
     """Settings from the command line; with --resume or --evaluate those of that run, with the command line on top."""
-    args = tyro.cli(settings, args=argv)
-    folder, flag = args.resume or args.evaluate, "--resume" if args.resume else "--evaluate"
-    if folder is None:
+    args = tyro.cli(Args, args=argv)
+    if (folder := args.resume or args.evaluate) is None:
         return args
-    if args.resume and args.evaluate:
-        raise Failure("--resume goes on training and --evaluate does not: give one of them")
     try:
-        about = json.loads((folder / "args.json").read_text())
+        about = json.loads((folder / "args.json").read_text(encoding="utf-8"))
         if about["script"] != Path(__file__).stem:
-            raise Failure(f"{flag} {folder}: that run was made by {about['script']}.py; use that script")
-        stored = {key: tuple(v) if isinstance(v, list) else v for key, v in about["args"].items()}     # JSON has lists
-        if args.evaluate:
-            stored["capture_video"] = False                            # a picture is drawn when it is asked for
-        stored = settings(**stored | {"runs_dir": Path(stored["runs_dir"]), "resume": None, "evaluate": None})
+            sys.exit(f"{folder} was made by {about['script']}.py; use that script")
+        stored = Args(**about["args"] | {"resume": None, "evaluate": None, "capture_video": False})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Failure(f"{flag} {folder}: no args.json there that this version can read ({error}); "
-                      f"give a run folder, such as those below {args.runs_dir}/") from error
-    args = tyro.cli(settings, args=argv, default=stored)
-    for name, value in asdict(args).items():
-        may_change = name in MAY_CHANGE or (args.evaluate and name.startswith("eval"))
-        if not may_change and value != getattr(stored, name):
-            raise Failure(f"{flag} {folder}: that run was made with --{name.replace('_', '-')} "
-                          f"{getattr(stored, name)}, not {value}; leave the flag out, or start a new run")
+        sys.exit(f"{folder} has no args.json that this version can read ({error}); give the folder of a run")
+    args = tyro.cli(Args, args=argv, default=stored)
+    for name in FIXED - ({"seed"} if args.evaluate else set()):
+        if getattr(args, name) != getattr(stored, name):
+            sys.exit(f"{folder} was made with --{name.replace('_', '-')} {getattr(stored, name)}; leave the flag out")
     return args
 
 
-def run_script(settings: type, main) -> None:
-    """Read the settings, call `main`, and turn what the user can mend into one message."""
-    try:
-        main(read_args(settings))
-    except Failure as failure:
-        print(f"{Path(sys.argv[0]).name}: {failure}", file=sys.stderr)
-        sys.exit(failure.status)
-    except ModuleNotFoundError as error:                               # one that is imported where it is used
-        print(f"{Path(sys.argv[0]).name}: these settings need the package {error.name}, which is not installed; the "
-              "first lines of this file list all of them, and uv run installs them", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}; the last checkpoint is intact. Free some space, or make the run "
-              "folder writable, then --resume it", file=sys.stderr)
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    run_script(Args, train)
+    train(read_args())

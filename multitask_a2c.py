@@ -1,8 +1,9 @@
 # /// script
-# requires-python = ">=3.11"
+# requires-python = ">=3.11,<3.14"
 # dependencies = [
-#   "torch==2.13.0", "numpy==2.4.6", "gymnasium[box2d,mujoco]==1.4.0", "mujoco==3.3.0", "tyro==1.0.17",
-#   "tensorboard==2.21.0", "tqdm==4.70.1", "matplotlib==3.11.2", "pillow==13.0.0",
+#   "torch==2.13.0", "numpy==2.4.6", "gymnasium[mujoco]==1.4.0", "mujoco==3.3.0", "tyro==1.0.17",
+#   "pydantic==2.14.4", "filelock==4.3.1", "imageio==2.38.1", "tensorboard==2.21.0", "tqdm==4.70.1",
+#   "matplotlib==3.11.2",
 # ]
 # ///
 """Multi-task A2C: one trunk, a head per task, and what fine-tuning forgets.
@@ -12,8 +13,8 @@ smaller or larger body parts are tasks. Advantage actor-critic learns them one b
 that shares its first layers ("vanilla"), or one after the other with most layers frozen ("finetune").
 
     R_t = r_t + gamma R_(t+1), bootstrapped             n_step_returns
-    0.5 A^2 - A log pi(a|s) - 0.01 H(pi), Sec. 3        gaussian_log_prob, gaussian_entropy, a2c_losses
-    shared trunk, heads                                 HeadMLP
+    0.5 A^2 - A log pi(a|s) - 0.01 H(pi), Sec. 3        a2c_update
+    shared trunk, heads                                 Agent
 
 Differences from the paper, each explained in docs/multitask_a2c.md:
 1. The entropy bonus is the entropy; the authors' code adds the log-likelihood instead, which does nothing on average.
@@ -28,145 +29,122 @@ Differences from the paper, each explained in docs/multitask_a2c.md:
 """
 from __future__ import annotations
 
+import csv
 import json
-import math
 import os
-import random
-import re
-import shutil
+import shlex
 import signal
 import sys
+import threading
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
-from functools import cache, partial
-from importlib.metadata import version
+from dataclasses import asdict
+from datetime import datetime
+from importlib.metadata import distributions
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import gymnasium as gym
+import imageio
 import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
 import tyro
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from mujoco.rollout import Rollout
-from PIL import Image, ImageDraw
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor
+from torch.distributions import Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
 # ---------------------------------------------------------------------------------------------------------------------
-PARTS = {"Torso": ("torso",), "Head": ("head",), "Thigh": ("bthigh", "fthigh"), "Leg": ("bshin", "fshin"),
-         "Foot": ("bfoot", "ffoot")}
+PARTS = {"Torso": ["torso"], "Head": ["head"], "Thigh": ["bthigh", "fthigh"], "Leg": ["bshin", "fshin"],
+         "Foot": ["bfoot", "ffoot"]}
 FACTORS = {"Small": 0.75, "Big": 1.25}
 VARIANTS = tuple(size + part for part in PARTS for size in FACTORS)
 PAPER = ("SmallFoot", "BigFoot", "SmallLeg", "SmallThigh", "SmallTorso", "BigTorso")
-STEPS_PER_TASK = {"vanilla": 1_000_000, "scratch": 3_000_000, "finetune": 1_000_000}
 HORIZON, GOOD_RETURN, LOG_EVERY = 1_000, 1_000, 20_000        # steps; a success; environment steps between writes
+STEPS = "environment steps, summed over tasks"
+FIXED = {"method", "tasks", "seed", "finetune_from", "source_task", "finetune_layers", "log_std", "num_envs",
+         "hidden_size"}                                       # of a run that goes on
+VALUE_COEF, MAX_GRAD_NORM = 0.5, 0.5                          # authors' code: weight in the loss; L2 norm per update
+PRESETS = {"vanilla": 1_000_000, "scratch": 3_000_000, "finetune": 1_000_000}         # steps per task
+TABLE_2 = {"paper, scratch 3M": dict(zip(PAPER, (1326.30, 37.80, 1420.77, 1444.21, 2116.10, 1312.50))),
+           "paper, vanilla 1M": dict(zip(PAPER, (1480.89, 2188.11, 1525.09, 1874.04, 2276.11, 1428.97)))}
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
 
 
 @dataclass
 class Args:
-    env: Literal["cheetah"] = "cheetah"
-    """half-cheetahs whose body parts are smaller or larger"""
     method: Literal["vanilla", "scratch", "finetune"] = "vanilla"
     """shared trunk with a head per task; a network per task; the last layers of a trained network, on another task"""
-    tasks: tuple[str, ...] = PAPER
-    """body-part variants, such as SmallFoot BigHead; one, for finetune"""
-    seed: int = 1
-    """seeds every generator: networks, environments, actions"""
-    total_timesteps: int | None = None
+    tasks: Annotated[tuple[Literal[VARIANTS], ...], Field(min_length=1)] = PAPER
+    """body-part variants; one, for finetune"""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
+    """seeds every generator"""
+    total_timesteps: Positive | None = None
     """environment steps, summed over tasks; None: 1M per task, or 3M with scratch, as in the paper's Table 2"""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """where the networks live; auto takes cuda if present, else cpu"""
-    eval_every: int = 600_000
+    device: str = "cpu"
+    """where the networks live"""
+    threads: Positive = 1
+    """CPU threads of PyTorch: networks this small gain little from more"""
+    eval_every: Positive = 600_000
     """environment steps between evaluations"""
-    eval_episodes: int = 20
-    """episodes per task and evaluation: mean action, filter frozen, separate environments, own generators"""
-    checkpoint_every: int = 600_000
+    eval_episodes: Positive = 20
+    """episodes per task and evaluation: deterministic policy, separate environments, own generators"""
+    checkpoint_every: Positive = 600_000
     """environment steps between checkpoints; one is always written at the end and on Ctrl-C or SIGTERM"""
     runs_dir: Path = Path("runs")
     """where run folders go"""
     resume: Path | None = None
-    """run folder to go on from, to the same or a larger --total-timesteps"""
+    """run folder to go on from, with its settings; a larger --total-timesteps, for instance, on top"""
     evaluate: Path | None = None
-    """run folder to load and evaluate; trains nothing and writes nothing but pictures asked for"""
+    """run folder to load and evaluate; trains nothing"""
     capture_video: bool = False
-    """after training or with --evaluate: one animated picture of all tasks side by side"""
+    """after training or with --evaluate: an animated picture of each task"""
 
     finetune_from: Path | None = None
-    """run folder of --method scratch or vanilla that finetune starts from"""
-    source_task: str | None = None
-    """the task of that run whose network is taken; None: its first"""
-    finetune_layers: Literal["code", "paper"] = "code"
-    """what finetune trains: last hidden layer, means and log-std of the policy and the critic's output (authors' code),
-    or the output layers alone (paper)"""
-    share: Literal["paper", "first-layer"] = "paper"
-    """what vanilla shares: both hidden layers of the policy and the critic's first, or the first of each (the code)"""
+    """run folder that finetune starts from, with the same --log-std and --hidden-size"""
+    source_task: Literal[VARIANTS] | None = None
+    """the task of that run whose network finetune takes; None: its first"""
+    finetune_layers: Literal["code", "paper"] | None = None
+    """output layers and log-std alone (paper), or the policy's second hidden layer, too (authors' code); None: code"""
     log_std: Literal["parameter", "network"] = "parameter"
-    """log standard deviation of actions: free numbers per task (authors' code), or an output of the policy (paper);
-    finetune has that of its source"""
-    norm_reward: bool = False
-    """divide each task's rewards by the running deviation of its discounted return, clipped to +-10"""
-    num_envs: int = 16
+    """log standard deviation of actions: free numbers per task (authors' code), or an output of the policy (paper)"""
+    num_envs: Positive = 16
     """copies of each task's environment, stepped in parallel"""
-    num_steps: int = 5
+    num_steps: Positive = 5
     """steps of a rollout, paper: t_max; each ends with an update"""
-    hidden_size: int = 64
-    """width of the two hidden layers of policy and critic; finetune has that of its source"""
-    lr: float = 7e-4
+    hidden_size: Positive = 64
+    """width of the two hidden layers"""
+    lr: Share = 7e-4
     """RMSprop step size"""
-    gamma: float = 0.99
+    gamma: Share = 0.99
     """discount factor"""
     timeout_is_terminal: bool = False
     """no bootstrapping at time limits, as in the authors' code"""
-    value_coef: float = 0.5
-    """weight of the squared advantage in the loss"""
-    entropy_coef: float = 0.01
+    entropy_coef: NonNegative = 0.01
     """weight of the entropy bonus [reward per nat]"""
-    max_grad_norm: float = 0.5
-    """L2 norm to which the gradient of policy and critic together is clipped, for each update; 0 turns it off"""
 
     def __post_init__(self):
-        for task in self.tasks:
-            if task not in VARIANTS:
-                raise ValueError(f"--tasks {task}: no such variant; there are {', '.join(VARIANTS)}")
-        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
-            raise ValueError(f"--tasks takes one or more different variants, got {' '.join(self.tasks) or 'none'}")
-        if self.method == "finetune" and (len(self.tasks) != 1 or self.finetune_from is None):
-            raise ValueError("--method finetune needs one task to learn and a run to start from: "
-                             "--tasks SmallLeg --finetune-from RUN_FOLDER")
-        if self.method != "finetune" and (self.finetune_from or self.source_task):
-            raise ValueError("--finetune-from and --source-task go with --method finetune")
-        if self.finetune_from is not None:
-            self.finetune_from = Path(self.finetune_from)              # args.json holds text
-        if self.total_timesteps is None:
-            self.total_timesteps = STEPS_PER_TASK[self.method] * len(self.tasks)
-        for name in ("total_timesteps", "eval_every", "eval_episodes", "checkpoint_every", "num_envs", "num_steps",
-                     "hidden_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if HORIZON % self.num_steps:
-            raise ValueError(f"--num-steps must divide the {HORIZON} steps of an episode, got {self.num_steps}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"--seed must be from 0 to 2**32 - 1, got {self.seed}")
-        for name in ("value_coef", "entropy_coef", "max_grad_norm"):
-            if not 0 <= getattr(self, name) < math.inf:                # not a number neither
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 0 and finite, got {getattr(self, name)}")
-        for name in ("lr", "gamma"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"--{name} must be above 0 and at most 1, got {getattr(self, name)}")
+        self.tasks = tuple(dict.fromkeys(self.tasks))                  # each once
+        if self.method != "finetune" and (self.finetune_from or self.source_task or self.finetune_layers):
+            raise ValueError("--finetune-from, --source-task and --finetune-layers go with --method finetune")
+        self.total_timesteps = self.total_timesteps or PRESETS[self.method] * len(self.tasks)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Environments
 # ---------------------------------------------------------------------------------------------------------------------
-@cache
 def cheetah_model(variant: str) -> mujoco.MjModel:
     """Gymnasium's half-cheetah with every size of one kind of body part scaled; the total mass stays 14 kg.
 
@@ -180,814 +158,464 @@ def cheetah_model(variant: str) -> mujoco.MjModel:
     return spec.compile()
 
 
-class CheetahPool:
-    """P copies of each of T cheetahs, stepped in batches: HalfCheetah-v5 but for the speed.
+class Cheetahs:
+    """P copies of one cheetah, stepped in one call: Gymnasium's HalfCheetah-v5, but faster.
 
     Observation (17,): joint positions without x, and all velocities. Action (6,): torques, not clipped in the reward
-    x speed - 0.1 |a|^2. Episodes have HORIZON steps and never terminate; all copies of a task are reset together.
+    x speed - 0.1 |a|^2. Episodes have HORIZON steps and never terminate; all copies are reset together.
     """
 
-    def __init__(self, tasks: list[str], copies: int, seed: int):
-        self.models, self.copies = [cheetah_model(task) for task in tasks], copies
-        self.rollout, self.scratch = Rollout(nthread=0), [mujoco.MjData(self.models[0])]
-        self.rng, self.nq = np.random.default_rng(seed), self.models[0].nq
-        size = mujoco.mj_stateSize(self.models[0], mujoco.mjtState.mjSTATE_FULLPHYSICS)   # time, qpos, qvel
-        self.state, self.steps = np.zeros((len(tasks), copies, size)), np.zeros(len(tasks), np.int64)
-        self.returns = np.zeros((len(tasks), copies))         # undiscounted, of the episodes that are running
-        for task in range(len(tasks)):
-            self.reset(task)
+    def __init__(self, variant: str, copies: int, rng: np.random.Generator):
+        self.model, self.copies, self.rng = cheetah_model(variant), copies, rng
+        self.rollout, self.data = Rollout(nthread=0), mujoco.MjData(self.model)
+        self.reset()
 
-    def reset(self, task: int) -> None:
-        """New episodes for all copies of a task."""
-        shape = self.copies, self.nq
-        self.state[task, :, 0] = 0
-        self.state[task, :, 1:1 + self.nq] = self.models[task].qpos0 + self.rng.uniform(-0.1, 0.1, shape)
-        self.state[task, :, 1 + self.nq:] = 0.1 * self.rng.standard_normal(shape)
-        self.steps[task], self.returns[task] = 0, 0
+    def reset(self) -> None:
+        """New episodes for all copies."""
+        qpos = self.model.qpos0 + self.rng.uniform(-0.1, 0.1, (self.copies, 9))
+        qvel = 0.1 * self.rng.standard_normal((self.copies, 9))
+        self.state = np.concatenate([np.zeros((self.copies, 1)), qpos, qvel], axis=1)          # time, qpos, qvel
+        self.steps, self.returns = 0, np.zeros(self.copies)            # of the episodes so far, undiscounted
 
-    def observe(self, tasks: list[int]) -> np.ndarray:
-        """(K, P, 17) float32."""
-        return self.state[tasks][..., 2:].astype(np.float32)
+    def observe(self) -> Tensor:
+        """(P, 17)."""
+        return torch.from_numpy(self.state[:, 2:].astype(np.float32))
 
-    def step(self, tasks: list[int], actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Step all copies of K tasks; actions (K, P, 6).
-
-        Returns:
-            The observations that the actions led to, (K, P, 17), rewards, (K, P), and whether the episodes end there,
-            (K,): `returns` holds what they earned, until `reset`.
-        """
-        before, batch = self.state[tasks], len(tasks) * self.copies
-        control = np.repeat(actions.reshape(batch, 1, 6).astype(np.float64), 5, axis=1)          # frame skip 5
-        models = [self.models[task] for task in tasks for _ in range(self.copies)]
-        states, _ = self.rollout.rollout(models, self.scratch, before.reshape(batch, -1), control)
-        after = states[:, -1].reshape(before.shape)
-        rewards = (after[..., 1] - before[..., 1]) / 0.05 - 0.1 * np.square(actions).sum(-1)
-        self.state[tasks] = after
-        self.steps[tasks] += 1
-        self.returns[tasks] += rewards
-        obs, ended = self.observe(tasks), self.steps[tasks] >= HORIZON
-        return obs, rewards.astype(np.float32), ended
-
-    def get_state(self) -> dict:
-        """All that the next step reads."""
-        return dict(state=torch.from_numpy(self.state.copy()), steps=torch.from_numpy(self.steps.copy()),
-                    returns=torch.from_numpy(self.returns.copy()), rng=json.dumps(self.rng.bit_generator.state))
-
-    def set_state(self, saved: dict) -> None:
-        """Undo `get_state`."""
-        self.state, self.steps, self.returns = (saved[key].numpy().copy() for key in ("state", "steps", "returns"))
-        self.rng.bit_generator.state = json.loads(saved["rng"])
-
-    def render(self, task: int, copy: int = 0) -> np.ndarray:
-        """The cheetah from the side, uint8 RGB."""
-        model, data = self.models[task], self.scratch[0]
-        mujoco.mj_setState(model, data, self.state[task, copy], mujoco.mjtState.mjSTATE_FULLPHYSICS)
-        mujoco.mj_forward(model, data)
-        return ray_cast(model, data, (data.qpos[0], 0.0, 0.6), 3.0, 90, -10)
+    def step(self, actions: Tensor) -> Tensor:
+        """Actions (P, 6) -> rewards (P,)."""
+        torques = actions.cpu().numpy().astype(np.float64)
+        after = self.rollout.rollout(self.model, self.data, self.state, torques[:, None], nstep=5)[0][:, -1]
+        rewards = (after[:, 1] - self.state[:, 1]) / 0.05 - 0.1 * np.square(torques).sum(1)
+        self.state, self.steps, self.returns = after, self.steps + 1, self.returns + rewards
+        return torch.from_numpy(rewards.astype(np.float32))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Networks
 # ---------------------------------------------------------------------------------------------------------------------
-def unit_columns(matrix: Tensor) -> None:
-    """Fill a matrix (in, out) with normal numbers, the weights of each output unit scaled to length 1."""
-    with torch.no_grad():
-        matrix.normal_()
-        matrix /= matrix.norm(dim=0)
-
-
-class HeadMLP(nn.Module):
-    """tanh networks of T tasks; the layers in `shared` are one for all tasks, the others each task's own.
-
-    A task's own layers are parameters by themselves, unlike a stack, so that an update of one task leaves the
-    optimizer's memory of the others alone.
-    """
-
-    def __init__(self, num_tasks: int, sizes: list[int], shared: tuple[int, ...] = ()):
-        super().__init__()
-        self.layers = nn.ModuleList()
-        for layer, (n_in, n_out) in enumerate(zip(sizes[:-1], sizes[1:])):
-            copies = range(1 if layer in shared else num_tasks)
-            weights = nn.ParameterList(torch.empty(n_in, n_out) for _ in copies)
-            biases = nn.ParameterList(torch.zeros(n_out) for _ in copies)
-            for weight in weights:
-                unit_columns(weight)
-            self.layers.append(nn.ModuleDict({"weights": weights, "biases": biases}))
-
-    def own(self, layer: int, task: int) -> list[nn.Parameter]:
-        """Weight and bias that a task uses in a layer, shared or not."""
-        return [params[task if len(params) > 1 else 0] for params in self.layers[layer].values()]
-
-    def forward(self, x: Tensor, tasks: list[int]) -> Tensor:
-        """(K, B, in) -> (K, B, out): row k goes through the network of tasks[k]."""
-        for layer in range(len(self.layers)):
-            weight, bias = (torch.stack(params) for params in zip(*(self.own(layer, task) for task in tasks)))
-            x = torch.baddbmm(bias[:, None], x, weight)
-            if layer < len(self.layers) - 1:
-                x = torch.tanh(x)
-        return x
-
-
-class Policy(nn.Module):
-    """Gaussian policies over torques, which are not squashed."""
-
-    def __init__(self, num_tasks: int, hidden: int, shared: tuple[int, ...], log_std: str):
-        super().__init__()
-        self.net = HeadMLP(num_tasks, [17, hidden, hidden, 6 if log_std == "parameter" else 12], shared)
-        for weight in self.net.layers[-1]["weights"]:
-            weight.data *= 0.01
-        self.log_std = None
-        if log_std == "parameter":
-            self.log_std = nn.ParameterList(torch.zeros(6) for _ in range(num_tasks))
-
-    def forward(self, obs: Tensor, tasks: list[int]) -> tuple[Tensor, Tensor]:
-        """(K, B, 17) -> mean and log standard deviation, (K, B, 6) each."""
-        if self.log_std is None:
-            return self.net(obs, tasks).chunk(2, dim=-1)
-        mean = self.net(obs, tasks)
-        return mean, torch.stack([self.log_std[task] for task in tasks])[:, None].expand_as(mean)
+def linear(n_in: int, n_out: int, scale: float = 1.0) -> nn.Linear:
+    """A layer whose units have normal weights of length `scale` and no bias."""
+    layer = nn.Linear(n_in, n_out)
+    layer.weight.data = scale * nn.functional.normalize(torch.randn(n_out, n_in), dim=1)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class ObservationFilter(nn.Module):
-    """Each task's observations relative to their running mean and deviation, clipped to +-5."""
+    """Observations relative to their running mean and deviation, clipped to +-5."""
 
-    def __init__(self, num_tasks: int, size: int = 17):
+    def __init__(self):
         super().__init__()
-        self.register_buffer("count", torch.full((num_tasks, 1), 1e-2, dtype=torch.float64))
-        self.register_buffer("total", torch.zeros(num_tasks, size, dtype=torch.float64))
-        self.register_buffer("squares", torch.full((num_tasks, size), 1e-2, dtype=torch.float64))
+        self.register_buffer("sums", torch.tensor([[1e-2], [0.0], [1e-2]], dtype=torch.float64).repeat(1, 17))
+        self.register_buffer("mean", torch.zeros(17))
+        self.register_buffer("deviation", torch.ones(17))
 
-    def _apply(self, fn, recurse=True):
-        return self                                                    # statistics stay on the CPU: MPS has no float64
+    def update(self, obs: Tensor) -> None:
+        """Count (N, 17) observations."""
+        obs = obs.double()
+        self.sums += torch.stack([torch.ones_like(obs), obs, obs.square()]).sum(1)
+        mean, square = self.sums[1:] / self.sums[0]
+        self.mean.copy_(mean)
+        self.deviation.copy_((square - mean.square()).clamp(min=1e-2).sqrt())
 
-    def update(self, obs: Tensor, tasks: list[int]) -> None:
-        """Count (K, N, 17) observations."""
-        obs = obs.cpu().double()
-        self.count[tasks] += obs.shape[1]
-        self.total[tasks] += obs.sum(1)
-        self.squares[tasks] += obs.square().sum(1)
-
-    def forward(self, obs: Tensor, tasks: list[int]) -> Tensor:
-        """(K, B, 17) -> the same, standardised."""
-        mean = self.total[tasks] / self.count[tasks]
-        variance = (self.squares[tasks] / self.count[tasks] - mean.square()).clamp(min=1e-2)
-        mean, deviation = (x[:, None].float().to(obs.device) for x in (mean, variance.sqrt()))
-        return ((obs - mean) / deviation).clamp(-5.0, 5.0)
+    def forward(self, obs: Tensor) -> Tensor:
+        return ((obs - self.mean) / self.deviation).clamp(-5.0, 5.0)
 
 
-class ActorCritic(nn.Module):
-    """Policies and values of T tasks, behind their observation filters."""
+class Agent(nn.Module):
+    """Gaussian policy over torques, which are not squashed, and value of one task, behind its observation filter.
 
-    def __init__(self, num_tasks: int, hidden: int, log_std: str, shared: str | None):
+    `trunk`: an agent whose hidden layers of the policy and first layer of the critic are this one's, too.
+    """
+
+    def __init__(self, hidden: int, log_std: str, trunk: Agent | None = None):
         super().__init__()
-        policy_shared, value_shared = {None: ((), ()), "paper": ((0, 1), (0,)), "first-layer": ((0,), (0,))}[shared]
-        self.filter = ObservationFilter(num_tasks)
-        self.policy = Policy(num_tasks, hidden, policy_shared, log_std)
-        self.value = HeadMLP(num_tasks, [17, hidden, hidden, 1], value_shared)
+        self.filter, free = ObservationFilter(), log_std == "parameter"
+        self.pi1 = trunk.pi1 if trunk else linear(17, hidden)
+        self.pi2 = trunk.pi2 if trunk else linear(hidden, hidden)
+        self.pi3 = linear(hidden, 6 if free else 12, scale=0.01)
+        self.log_std = nn.Parameter(torch.zeros(6)) if free else None
+        self.v1 = trunk.v1 if trunk else linear(17, hidden)
+        self.v2, self.v3 = linear(hidden, hidden), linear(hidden, 1)
 
-    def parameters_of(self, task: int) -> list[nn.Parameter]:
-        """All that a task uses, shared or not."""
-        free = [] if self.policy.log_std is None else [self.policy.log_std[task]]
-        return free + [param for net in (self.policy.net, self.value) for layer in range(len(net.layers))
-                       for param in net.own(layer, task)]
+    def policy(self, obs: Tensor) -> Normal:
+        """(B, 17) -> distribution of actions, (B, 6)."""
+        mean = self.pi3(torch.tanh(self.pi2(torch.tanh(self.pi1(self.filter(obs))))))
+        mean, log_std = mean.chunk(2, dim=-1) if self.log_std is None else (mean, self.log_std)
+        return Normal(mean, log_std.exp(), validate_args=False)
 
-    def forward(self, obs: Tensor, tasks: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """(K, B, 17) -> mean and log standard deviation, (K, B, 6), and value, (K, B)."""
-        obs = self.filter(obs, tasks)
-        return *self.policy(obs, tasks), self.value(obs, tasks).squeeze(-1)
+    def value(self, obs: Tensor) -> Tensor:
+        """(B, 17) -> (B,)."""
+        return self.v3(torch.tanh(self.v2(torch.tanh(self.v1(self.filter(obs)))))).squeeze(-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The method
 # ---------------------------------------------------------------------------------------------------------------------
-def gaussian_log_prob(actions: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Log-density of actions [nats], summed over their dimensions: (..., A) -> (...)."""
-    noise = (actions - mean) / log_std.exp()
-    return (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+def n_step_returns(rewards: Tensor, final_values: list[Tensor | None], last_value: Tensor, gamma: float) -> Tensor:
+    """Discounted returns of a rollout of S steps, (S, P): R_t = r_t + gamma R_(t+1), bootstrapped where it is cut off.
 
-
-def gaussian_entropy(log_std: Tensor) -> Tensor:
-    """Entropy of diagonal Gaussians [nats]: (..., A) -> (...)."""
-    return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
-
-
-def n_step_returns(rewards: Tensor, terminations: Tensor, truncations: Tensor, final_values: Tensor, last_value: Tensor,
-                   gamma: float) -> Tensor:
-    """Discounted returns of a rollout of S steps, bootstrapped where it or an episode is cut off.
-
-    Args:
-        rewards, terminations, truncations: of each step, (S, ...); the flags as numbers.
-        final_values: value of the last observation of an episode that was truncated on that step, (S, ...).
-        last_value: value of the observation after the rollout, (...).
-    Returns:
-        R_t = r_t + gamma R_(t+1), which becomes r_t + gamma V(last observation) at a truncation, r_t at a termination.
+    Values are (P,): `final_values` of what was seen last, where a step ended the episodes (None elsewhere), and
+    `last_value` of what is seen after the rollout.
     """
     returns, following = torch.empty_like(rewards), last_value
     for t in reversed(range(len(rewards))):
-        following = torch.where(truncations[t] > 0, final_values[t], following) * (1 - terminations[t])
+        following = following if final_values[t] is None else final_values[t]
         following = returns[t] = rewards[t] + gamma * following
     return returns
 
 
-def a2c_losses(returns: Tensor, values: Tensor, log_prob: Tensor, entropy: Tensor, value_coef: float,
-               entropy_coef: float) -> dict[str, Tensor]:
-    """Terms of the loss for each task; all inputs (K, N), outputs (K,).
-
-    The advantage is a constant for the policy: its gradient reaches the value through the value's own term only.
-    """
-    advantages = returns - values
-    return {"value": value_coef * advantages.square().mean(1), "policy": -(advantages.detach() * log_prob).mean(1),
-            "entropy": -entropy_coef * entropy.mean(1)}
-
-
-class RewardScale:
-    """Rewards of each task divided by the running deviation of its discounted return, clipped to +-10."""
-
-    def __init__(self, num_tasks: int, copies: int, gamma: float):
-        self.gamma, self.running = gamma, torch.zeros(num_tasks, copies, dtype=torch.float64)
-        self.moments = torch.tensor([[1e-4, 0.0, 1e-4]], dtype=torch.float64).repeat(num_tasks, 1)
-
-    def __call__(self, rewards: Tensor, truncations: Tensor, tasks: list[int]) -> Tensor:
-        """(S, K, P) -> the same, scaled; the discounted returns start anew with each episode."""
-        scaled = torch.empty_like(rewards)
-        for t, (reward, ended) in enumerate(zip(rewards, truncations)):
-            self.running[tasks] = self.running[tasks] * self.gamma + reward.cpu()
-            values = self.running[tasks]                               # (K, P)
-            self.moments[tasks] += torch.stack([torch.ones_like(values), values, values.square()]).sum(2).T
-            count, total, squares = self.moments[tasks].T
-            deviation = (squares / count - (total / count).square()).clamp(min=1e-8).sqrt()
-            scaled[t] = (reward / deviation[:, None].to(reward)).clamp(-10.0, 10.0)
-            self.running[tasks] *= 1 - ended.cpu()
-        return scaled
+@torch.no_grad()
+def collect(args: Args, env: Cheetahs, agent: Agent) -> tuple[Tensor, Tensor, Tensor, np.ndarray | None]:
+    """Act for S = t_max steps: observations and actions (S * P, ...), returns (S * P,), what ended episodes earned."""
+    steps, final_values, earned = [], [None] * args.num_steps, None
+    for t in range(args.num_steps):
+        obs = env.observe().to(args.device)
+        policy = agent.policy(obs)
+        actions = policy.mean + policy.stddev * torch.randn(policy.mean.shape).to(obs)       # of the CPU's generator
+        steps.append((obs, actions, env.step(actions).to(obs)))
+        if env.steps == HORIZON:
+            final_values[t] = agent.value(env.observe().to(obs)) * (not args.timeout_is_terminal)
+            earned = env.returns
+            env.reset()
+    obs, actions, rewards = map(torch.stack, zip(*steps))
+    returns = n_step_returns(rewards, final_values, agent.value(env.observe().to(obs)), args.gamma)
+    return obs.flatten(0, 1), actions.flatten(0, 1), returns.flatten(), earned
 
 
-def collect(pool: CheetahPool, nets: ActorCritic, tasks: list[int], num_steps: int, device: torch.device) -> tuple:
-    """Act for `num_steps` steps in all copies of K tasks.
-
-    Returns:
-        obs (S, K, P, 17), actions (S, K, P, 6), rewards, truncations, final_values (S, K, P) and last_value (K, P), as
-        `n_step_returns` takes them; and (task, returns of its copies) of the episodes that ended.
-    """
-    columns, finished = [], []
-    for _ in range(num_steps):
-        obs = torch.from_numpy(pool.observe(tasks)).to(device)         # (K, P, 17)
-        with torch.no_grad():
-            mean, log_std = nets.policy(nets.filter(obs, tasks), tasks)
-            noise = torch.randn(mean.shape).to(device)                 # of the CPU's generator, whatever the device
-            actions = mean + log_std.exp() * noise                     # neither squashed nor clipped
-        led_to, rewards, ended = pool.step(tasks, actions.cpu().numpy())
-        rewards = torch.from_numpy(rewards).to(device)
-        truncations, final_values = torch.zeros_like(rewards), torch.zeros_like(rewards)
-        if ended.any():
-            with torch.no_grad():
-                final_values = nets(torch.from_numpy(led_to).to(device), tasks)[2]
-            for row in np.flatnonzero(ended):
-                truncations[row] = 1
-                finished.append((tasks[row], pool.returns[tasks[row]].copy()))
-                pool.reset(tasks[row])
-        columns.append((obs, actions, rewards, truncations, final_values))
-    with torch.no_grad():
-        last_value = nets(torch.from_numpy(pool.observe(tasks)).to(device), tasks)[2]
-    return (*map(torch.stack, zip(*columns)), last_value), finished
-
-
-def a2c_update(args: Args, nets: ActorCritic, optimizer: torch.optim.Optimizer, rollout: tuple, tasks: list[int],
-               scale=None) -> dict[str, Tensor]:
-    """One A2C step for K tasks on their rollouts, their rewards changed by `scale` if there is one.
-
-    Returns:
-        Terms of the loss and the mean deviation of actions, (K,) each.
-    """
-    obs, actions, rewards, truncations, final_values, last_value = rollout
-    if scale is not None:
-        rewards = scale(rewards, truncations, tasks)
-    ends = truncations if args.timeout_is_terminal else torch.zeros_like(rewards)
-    returns = n_step_returns(rewards, ends, truncations, final_values, last_value, args.gamma)
-    obs, actions = (x.transpose(0, 1).flatten(1, 2) for x in (obs, actions))       # (K, S * P, ...)
-    returns = returns.transpose(0, 1).flatten(1)                                   # (K, S * P)
-    nets.filter.update(obs, tasks)                                     # once per update, before the loss
-    mean, log_std, values = nets(obs, tasks)
-    losses = a2c_losses(returns, values, gaussian_log_prob(actions, mean, log_std), gaussian_entropy(log_std),
-                        args.value_coef, args.entropy_coef)
+def a2c_update(args: Args, agent: Agent, optimizer: torch.optim.Optimizer, obs: Tensor, actions: Tensor,
+               returns: Tensor) -> dict[str, float]:
+    """One A2C step of one agent; terms of the loss and the mean deviation of actions."""
+    agent.filter.update(obs)                                           # once per update, before the loss
+    policy, advantages = agent.policy(obs), returns - agent.value(obs)
+    losses = {"value": VALUE_COEF * advantages.square().mean(),        # the advantage is a constant for the policy
+              "policy": -(advantages.detach() * policy.log_prob(actions).sum(-1)).mean(),
+              "entropy": -args.entropy_coef * policy.entropy().sum(-1).mean()}
     optimizer.zero_grad()                                              # to None: RMSprop skips what a task does not use
-    sum(losses.values()).sum().backward()
-    if args.max_grad_norm:
-        for task in tasks:
-            nn.utils.clip_grad_norm_(nets.parameters_of(task), args.max_grad_norm)
+    sum(losses.values()).backward()
+    nn.utils.clip_grad_norm_(agent.parameters(), MAX_GRAD_NORM)        # of policy and critic together
     optimizer.step()
-    return {name: loss.detach() for name, loss in losses.items()} | {"sigma": log_std.detach().exp().mean((1, 2))}
+    return {name: loss.item() for name, loss in losses.items()} | {"sigma": policy.stddev.mean().item()}
+
+
+def load_source(args: Args) -> dict[str, Tensor]:
+    """The weights that fine-tuning starts from; `args` takes the name of their task."""
+    if args.finetune_from is None or len(args.tasks) > 1:
+        sys.exit("--method finetune needs one task and a run to start from: --tasks SmallLeg --finetune-from RUN")
+    agents = load_checkpoint(args.finetune_from).get("agents", {})
+    args.source_task = args.source_task or next(iter(agents), None)
+    if args.source_task not in agents:
+        sys.exit(f"{args.finetune_from} has no --source-task {args.source_task}, but {', '.join(agents) or 'none'}")
+    return agents[args.source_task]
+
+
+def freeze(agent: Agent, layers: str | None) -> None:
+    """Leave trainable what fine-tuning trains: output layers, and unless "paper" the policy's second hidden layer."""
+    trained = ("pi3", "log_std", "v3") if layers == "paper" else ("pi2", "pi3", "log_std", "v3")
+    for name, param in agent.named_parameters():
+        param.requires_grad_(name.startswith(trained))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
-def evaluate_cheetahs(policy, names: list[str], episodes: int, seed: int, frames: bool = False) -> dict:
-    """Episodes with the mean action, all side by side, in environments of their own.
+@torch.no_grad()
+def evaluate(args: Args, policies: dict, stopped=lambda: False) -> dict[str, np.ndarray] | None:
+    """Episodes by the mean action of each task's policy (observations -> Normal), with the same starts every time.
 
-    Args:
-        policy: observations (T, episodes, 17) -> actions (T, episodes, 6).
-        frames: also render each task's first episode, every tenth step of the first 600.
-    Returns:
-        returns, successes and the share of steps spent on the back, (T, episodes) each; frames.
+    Returns (T, episodes) of each; upside_down is the share of steps on the back. None once `stopped`.
     """
-    pool, film, tasks = CheetahPool(names, episodes, seed + 10_000), [], list(range(len(names)))
-    upside_down = np.zeros((len(names), episodes))
-    for t in range(HORIZON):
-        if frames and t % 10 == 0 and t < 600:
-            film.append([pool.render(task) for task in tasks])
-        with torch.no_grad():
-            actions = policy(torch.from_numpy(pool.observe(tasks))).cpu().numpy()
-        pool.step(tasks, actions)
-        upside_down += (np.cos(pool.state[..., 3]) < 0) / HORIZON      # time, x, height, pitch
-    return {"returns": pool.returns, "successes": pool.returns >= GOOD_RETURN, "upside_down": upside_down,
-            "frames": film}
+    rng, returns, upside_down = np.random.default_rng([args.seed, 1]), [], []
+    for name, policy in policies.items():
+        env, on_back = Cheetahs(name, args.eval_episodes, rng), 0
+        while env.steps < HORIZON:
+            if stopped():
+                return None
+            env.step(policy(env.observe().to(args.device)).mean)
+            on_back += (np.cos(env.state[:, 3]) < 0) / HORIZON         # of time, x, height, pitch
+        returns.append(env.returns)
+        upside_down.append(on_back)
+    returns = np.array(returns)
+    return {"return": returns, "success": returns >= GOOD_RETURN, "upside_down": np.array(upside_down)}
 
 
-def over_episodes(names: list[str], evaluation: dict) -> dict[str, float]:
-    """Each task's median and standard deviation over the episodes of an evaluation, and its time upside down."""
-    columns = {}
-    for name, returns, upside_down in zip(names, evaluation["returns"], evaluation["upside_down"]):
-        columns |= {f"{name}/median": float(np.median(returns)), f"{name}/std": float(returns.std()),
-                    f"{name}/upside_down": float(upside_down.mean())}
-    return columns
+def over_episodes(names: list[str], returns: np.ndarray) -> dict[str, float]:
+    """Each task's median return and standard deviation, (T, episodes)."""
+    kinds = {"median": np.median, "std": np.std}
+    return {f"{name}/{kind}": of(row) for kind, of in kinds.items() for name, row in zip(names, returns)}
 
 
-def print_gaits(names: list[str], evaluation: dict) -> None:
-    """One line: which cheetahs run, and which slide on their backs."""
-    shares = zip(names, evaluation["upside_down"].mean(1))
-    print("share of steps upside down: " + "  ".join(f"{name} {share:.2f}" for name, share in shares))
-
-
-TABLE_2 = {"paper, scratch 3M": dict(zip(PAPER, (1326.30, 37.80, 1420.77, 1444.21, 2116.10, 1312.50))),
-           "paper, distillation 1M": dict(zip(PAPER, (1348.30, -63.07, 1413.55, 838.35, 2116.94, 1323.61))),
-           "paper, vanilla 1M": dict(zip(PAPER, (1480.89, 2188.11, 1525.09, 1874.04, 2276.11, 1428.97)))}
-TABLE_1 = {  # by source and target of fine-tuning
-    ("SmallFoot", "SmallLeg"): {"paper, fine-tuned 1M": {"SmallFoot": 1530.26, "SmallLeg": 1532.70},
-                                "paper, fine-tuned 5M": {"SmallFoot": 1500.76, "SmallLeg": 1568.66}},
-    ("SmallLeg", "SmallFoot"): {"paper, fine-tuned 1M": {"SmallFoot": 1600.31, "SmallLeg": 1498.45},
-                                "paper, fine-tuned 5M": {"SmallFoot": 1493.02, "SmallLeg": 1425.64}}}
-
-
-def load_actor_critic(folder: Path) -> tuple[ActorCritic, list[str]]:
-    """The networks of a run of multitask_a2c.py, with the names of their tasks."""
-    try:
-        about = json.loads((folder / "args.json").read_text())
-        settings = about["args"]
-        if about["script"] != "multitask_a2c":
-            raise Failure(f"{folder} was made by {about['script']}.py; give a run folder of multitask_a2c.py, or the "
-                          "folder teachers/ in one of distill_a2c.py")
-    except (OSError, ValueError, KeyError) as error:
-        raise Failure(f"{folder}: no args.json of multitask_a2c.py there ({error}); give its run folder") from error
-    nets = ActorCritic(len(settings["tasks"]), settings["hidden_size"], settings["log_std"],
-                       settings["share"] if settings["method"] == "vanilla" else None)
-    nets.load_state_dict(load_checkpoint(folder)["learners"])
-    return nets, settings["tasks"]
-
-
-def take_task(args: Args) -> tuple[ActorCritic, str]:
-    """A network of one task, cut out of the run that --finetune-from names, whose sizes `args` takes; and that task."""
-    source, tasks = load_actor_critic(args.finetune_from)
-    name = args.source_task or tasks[0]
-    if name not in tasks:
-        raise Failure(f"--source-task {name}: {args.finetune_from} has {', '.join(tasks)}")
-    args.source_task = name
-    task, args.hidden_size = tasks.index(name), source.value.own(0, 0)[0].shape[1]
-    args.log_std = "network" if source.policy.log_std is None else "parameter"
-    nets = ActorCritic(1, args.hidden_size, args.log_std, None)
-    with torch.no_grad():
-        for ours, theirs in zip(nets.parameters_of(0), source.parameters_of(task)):
-            ours.copy_(theirs)
-        for key in ("count", "total", "squares"):
-            getattr(nets.filter, key)[0] = getattr(source.filter, key)[task]
-    return nets, name
-
-
-def freeze(nets: ActorCritic, layers: str) -> None:
-    """Leave trainable what fine-tuning trains: the output layers, and with "code" the policy's second hidden layer."""
-    nets.requires_grad_(False)
-    trained = [nets.policy.net.layers[-1], nets.value.layers[-1]]
-    trained += [nets.policy.net.layers[1]] * (layers == "code")
-    trained += [nets.policy.log_std] * (nets.policy.log_std is not None)
-    for module in trained:
-        module.requires_grad_(True)
-
-
-def train(args: Args) -> Path | None:
+def train(args: Args) -> Path:
     """Roll out, update, task by task; returns the run folder."""
-    # Set-up ------------------------------------------------------------------------------------------------
-    device = pick_device(args.device)
-    random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
-    names, num_tasks = list(args.tasks), len(args.tasks)
-    saved = args.resume or args.evaluate
-    if args.method == "finetune":                                      # a run that goes on does not need its source
-        nets, source = ((ActorCritic(1, args.hidden_size, args.log_std, None), load_checkpoint(saved)["source"])
-                        if saved else take_task(args))
-        freeze(nets, args.finetune_layers)
-        names += [source] * (source not in names)                      # evaluated too: what is forgotten of it
-    else:
-        nets = ActorCritic(num_tasks, args.hidden_size, args.log_std, args.share if args.method == "vanilla" else None)
-    nets.to(device)
-    trained = [param for param in nets.parameters() if param.requires_grad]
-    optimizer = torch.optim.RMSprop(trained, lr=args.lr, alpha=0.99, eps=1e-5)
-    heads = [min(task, num_tasks - 1) for task in range(len(names))]   # the source task is played by the one head, too
-
-    def policy(obs: Tensor) -> Tensor:
-        return nets(obs.to(device), heads)[0]
-
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    rng, agents = np.random.default_rng(args.seed), nn.ModuleDict()
+    state = load_checkpoint(args.resume or args.evaluate) if args.resume or args.evaluate else {}
+    for name in args.tasks:
+        trunk = agents[args.tasks[0]] if agents and args.method == "vanilla" else None
+        agents[name] = Agent(args.hidden_size, args.log_std, trunk)
+        if state or args.method == "finetune":
+            agents[name].load_state_dict(state["agents"][name] if state else load_source(args))
+    agents.to(args.device)
+    policies = {name: agent.policy for name, agent in agents.items()}
+    if args.method == "finetune":
+        freeze(agents[args.tasks[0]], args.finetune_layers)
+        policies.setdefault(args.source_task, agents[args.tasks[0]].policy)        # evaluated too: what is forgotten
     if args.evaluate:
-        nets.load_state_dict(load_checkpoint(args.evaluate)["learners"])
-        evaluation = evaluate_cheetahs(policy, names, args.eval_episodes, args.seed, frames=args.capture_video)
-        print_table(names, evaluation)
-        print_gaits(names, evaluation)
+        print_table(list(policies), evaluate(args, policies))
         if args.capture_video:
-            save_animation(args.evaluate / "tasks.gif", names, evaluation["frames"])
+            film(args, policies, args.evaluate)
         return args.evaluate
 
-    state = load_checkpoint(args.resume) if args.resume else {"global_step": 0, "seconds": 0.0}
-    global_step = state["global_step"]
-    per_update = args.num_envs * args.num_steps                        # environment steps of a task
-    if global_step - num_tasks * per_update >= args.total_timesteps:   # the last round may overshoot
-        raise Failure(f"--resume {args.resume}: that run has {global_step:,} steps already; "
-                      f"give a larger --total-timesteps than {args.total_timesteps:,}")
-    pool = CheetahPool(names[:num_tasks], args.num_envs, args.seed)
-    scale = RewardScale(num_tasks, args.num_envs, args.gamma) if args.norm_reward else None
+    optimizer = torch.optim.RMSprop([p for p in agents.parameters() if p.requires_grad], args.lr, alpha=0.99, eps=1e-5)
+    envs = {name: Cheetahs(name, args.num_envs, rng) for name in args.tasks}
     if args.resume:
-        nets.load_state_dict(state["learners"])
         optimizer.load_state_dict(state["optimizer"])
-        pool.set_state(state["pool"])
-        torch.set_rng_state(state["torch"])
-        if scale is not None:
-            scale.running, scale.moments = state["scale"]
-    run = Run(args, names, global_step, state["seconds"])
-    before = state.get("before", {})                                   # returns at the start of fine-tuning
-    if args.method == "finetune" and not args.resume:
-        evaluation = evaluate_cheetahs(policy, names, args.eval_episodes, args.seed)
-        before = {f"{name}/before": float(returns.mean()) for name, returns in zip(names, evaluation["returns"])}
-        print(f"before fine-tuning, trained on {source}:")
-        print_table(names, evaluation)
-    losses = {task: defaultdict(list) for task in range(num_tasks)}
+        rng.bit_generator.state = json.loads(state["rng"])
+        torch.set_rng_state(state["torch_rng"])
+        for env, (steps, *arrays) in zip(envs.values(), state["envs"]):
+            env.steps, env.state, env.returns = steps, *(array.numpy() for array in arrays)
+    run, global_step = Run(args, "halfcheetah", list(policies), state), state.get("global_step", 0)
+    before = state.get("before", {})                                   # returns before fine-tuning
 
     def save() -> None:
         """Everything that the next step reads."""
-        check_finite(global_step, dict(nets.named_parameters()))       # keeps the last good one
-        run.save(dict(global_step=global_step, learners=nets.state_dict(), optimizer=optimizer.state_dict(),
-                      pool=pool.get_state(), torch=torch.get_rng_state(), source=names[-1], before=before,
-                      scale=None if scale is None else (scale.running.clone(), scale.moments.clone())))
+        run.save(global_step, dict(
+            agents={name: agent.state_dict() for name, agent in agents.items()}, optimizer=optimizer.state_dict(),
+            rng=json.dumps(rng.bit_generator.state), torch_rng=torch.get_rng_state(), before=before,
+            envs=[(env.steps, torch.from_numpy(env.state), torch.from_numpy(env.returns)) for env in envs.values()]))
 
-    if not args.resume:
-        save()                                                         # from here on a killed run can be resumed
-
-    # A shared trunk is updated by one task after the other; networks that share nothing learn side by side
-    groups = [[task] for task in range(num_tasks)] if args.method == "vanilla" else [list(range(num_tasks))]
-    while global_step < args.total_timesteps and not run.stop_signal:
-        previous_step = global_step
-        for tasks in groups:
-            # Roll out, log what ended -----------------------------------------------------------------------
-            rollout, finished = collect(pool, nets, tasks, args.num_steps, device)
-            global_step += len(tasks) * per_update
-            for task, returns in finished:
-                run.add(f"tasks/{names[task]}", {"episodic_return": returns.mean(), "episodic_length": HORIZON,
-                                                 "success": (returns >= GOOD_RETURN).mean()})
-
-            # Update: the heads of these tasks, and what they share --------------------------------------------
-            for name, loss in a2c_update(args, nets, optimizer, rollout, tasks, scale).items():
-                for task, value in zip(tasks, loss):
-                    losses[task][name].append(value)
-
-        # Log, evaluate, save --------------------------------------------------------------------------------
-        evaluate_now = crossed(previous_step, global_step, args.eval_every) or global_step >= args.total_timesteps
-        if crossed(previous_step, global_step, LOG_EVERY) or evaluate_now:
-            log_terms(run, names, losses, nets, global_step)
-        if evaluate_now:
-            evaluation = evaluate_cheetahs(policy, names, args.eval_episodes, args.seed)
-            run.log_evaluation(global_step, evaluation, over_episodes(names, evaluation) | before)
-        if crossed(previous_step, global_step, LOG_EVERY) or evaluate_now:
+    save()                                                             # from here on a killed run can be resumed
+    if args.method == "finetune" and not before:
+        if (result := evaluate(args, policies, run.stop.is_set)) is not None:
+            before = {f"{name}/before": row.mean().item() for name, row in zip(run.names, result["return"])}
+    while True:
+        if run.due(global_step):
+            result = evaluate(args, policies, run.stop.is_set)
+            if result is not None:
+                run.log_evaluation(global_step, result, over_episodes(run.names, result["return"]) | before)
+        if global_step >= args.total_timesteps or run.stop.is_set():
+            break
+        round_start, losses = global_step, []
+        for name, agent in agents.items():                             # the tasks take turns
+            obs, actions, returns, earned = collect(args, envs[name], agent)
+            global_step += len(obs)
+            losses.append(a2c_update(args, agent, optimizer, obs, actions, returns))
+            if earned is not None:
+                run.log(f"tasks/{name}", {"episodic_return": earned.mean(), "episodic_length": HORIZON,
+                                          "success": (earned >= GOOD_RETURN).mean()})
+        run.log("losses", {key: [terms[key] for terms in losses] for key in losses[0]})
+        if crossed(round_start, global_step, LOG_EVERY):
             run.write(global_step)
-        if crossed(previous_step, global_step, args.checkpoint_every):
+        if crossed(round_start, global_step, args.checkpoint_every):
             save()
 
-    # Finish --------------------------------------------------------------------------------------------------
-    if run.saved_at != global_step:
-        save()
-    if not run.stop_signal:
-        evaluation = evaluate_cheetahs(policy, names, args.eval_episodes, args.seed, frames=args.capture_video)
-        beside = TABLE_2
-        if args.method == "finetune":
-            beside = TABLE_1.get((names[-1], names[0]), {}) | {
-                "before fine-tuning": {key.removesuffix("/before"): value for key, value in before.items()}}
-        plot_tasks(run.dir / "tasks.png", names, evaluation["returns"], beside)
-        if args.capture_video:
-            save_animation(run.dir / "tasks.gif", names, evaluation["frames"])
-        print_table(names, evaluation)
-        print_gaits(names, evaluation)
+    save()
+    if not run.stop.is_set():
+        others = {"before fine-tuning": {name: before[f"{name}/before"] for name in policies}} if before else TABLE_2
+        plot_tasks(run.dir / "tasks.png", run.names, result["return"], others)
+        print_table(run.names, result)
     run.close()
+    if args.capture_video:
+        film(args, policies, run.dir)
     return run.dir
-
-
-def log_terms(run: Run, names: list[str], losses: dict, nets: nn.Module, global_step: int) -> None:
-    """Means since the last call to TensorBoard; stop if one of them, or a parameter, is not finite."""
-    means = {f"{names[task]}/{name}": torch.stack(values).mean().cpu() for task, terms in losses.items()
-             for name, values in terms.items()}
-    for terms in losses.values():
-        terms.clear()
-    check_finite(global_step, means | dict(nets.named_parameters()))
-    run.add("losses", {key: value.item() for key, value in means.items()})
-    for name in {key.split("/")[1] for key in means}:
-        run.add("losses", {name: np.mean([value.item() for key, value in means.items() if key.endswith("/" + name)])})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures of the method
 # ---------------------------------------------------------------------------------------------------------------------
-def plot_tasks(path: Path, names: list[str], returns: np.ndarray, published: dict[str, dict[str, float]]) -> None:
-    """Each evaluation episode as a dot, (T, episodes), beside the paper's means over 20 episodes."""
-    figure = Figure(figsize=(2 + 1.2 * len(names), 4), layout="constrained")
-    axis = figure.subplots()
-    for i, values in enumerate(returns):
-        axis.plot(np.full(len(values), i), values, ".", color="black", alpha=0.4, label="episodes" if i == 0 else None)
-        axis.plot([i - 0.2, i + 0.2], [np.median(values)] * 2, color="black", label="median" if i == 0 else None)
-    for colour, (label, values) in enumerate(published.items()):
-        known = [i for i, name in enumerate(names) if name in values]
-        axis.plot([i + 0.15 for i in known], [values[names[i]] for i in known], "D", color=f"C{colour}",
-                  label=label)
-    axis.set_xticks(range(len(names)), names)
-    axis.set(ylabel="return", xlim=(-0.5, len(names) - 0.5))
+def plot_tasks(path: Path, names: list[str], returns: np.ndarray, others: dict[str, dict[str, float]]) -> None:
+    """Each evaluation episode as a dot, (T, episodes), and its task's median, beside the numbers of others."""
+    axis = Figure(figsize=(2 + 1.2 * len(names), 4), layout="constrained").subplots()
+    axis.plot(names, returns, ".", color="black", alpha=0.4)
+    axis.plot(names, np.median(returns, axis=1), "k_", markersize=18, label="median of our episodes, the dots")
+    for label, values in others.items():
+        known = [name for name in names if name in values]
+        axis.plot(known, [values[name] for name in known], "D", label=label)
+    axis.set_ylabel("return")
     axis.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120)
+    axis.figure.savefig(path, dpi=120)
+
+
+@torch.no_grad()
+def film(args: Args, policies: dict, folder: Path) -> None:
+    """<task>.gif: an episode with the mean action, every tenth step of the first 600."""
+    for name, policy in policies.items():
+        env, frames = Cheetahs(name, 1, np.random.default_rng([args.seed, 1])), []
+        try:
+            renderer = mujoco.Renderer(env.model, 200, 300)
+        except Exception as error:                                     # whatever the OpenGL at hand raises
+            sys.exit(f"--capture-video needs OpenGL ({error}): set MUJOCO_GL=egl, or MUJOCO_GL=osmesa without a GPU")
+        while env.steps < 600:
+            if env.steps % 10 == 0:
+                mujoco.mj_setState(env.model, env.data, env.state[0], mujoco.mjtState.mjSTATE_FULLPHYSICS)
+                mujoco.mj_forward(env.model, env.data)
+                renderer.update_scene(env.data, camera="track")
+                frames.append(renderer.render())
+            env.step(policy(env.observe().to(args.device)).mean)
+        imageio.mimsave(folder / f"{name}.gif", frames, duration=60, loop=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Shared blocks: the same text in every script
+# Run folder: the same text in every script
 # ---------------------------------------------------------------------------------------------------------------------
-class Failure(Exception):
-    """What the user can mend: shown as one message without a traceback; the program ends with `status`."""
-
-    def __init__(self, message: str, status: int = 2):
-        super().__init__(message)
-        self.status = status
-
-
 def crossed(before: int, after: int, period: int) -> bool:
     """Whether a multiple of `period` lies in (before, after]: the step counter grows by more than one."""
     return after // period > before // period
 
 
-def pick_device(name: str) -> torch.device:
-    """auto takes cuda if present, else cpu."""
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    try:
-        torch.zeros(1, device=device)
-    except (AssertionError, RuntimeError) as error:
-        raise Failure(f"--device {name}: PyTorch {torch.__version__} finds none here; use --device auto") from error
-    return device
+class Run:
+    """A run's folder and voice: args.json, metrics.csv, TensorBoard, checkpoint.pt, progress bar, stop signals."""
+
+    def __init__(self, args: Args, family: str, names: list[str], state: dict):
+        """`family` begins the folder's name; `names` are the tasks'; `state` is the checkpoint to go on from, or {}."""
+        self.args, self.names, self.pending, self.rows = args, names, defaultdict(list), state.get("rows", [])
+        self.started, first_step = time.time() - state.get("seconds", 0.0), state.get("global_step", 0)
+        if self.rows and self.rows[-1]["global_step"] >= args.total_timesteps:         # evaluated at its end, too
+            sys.exit(f"{args.resume} has {first_step:,} steps already; give a larger --total-timesteps")
+        stem = f"{family}__{Path(__file__).stem}__{args.method}__s{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+        self.dir = args.resume or args.runs_dir / stem
+        self.dir.mkdir(parents=True, exist_ok=args.resume is not None)
+        self.lock = FileLock(self.dir / "lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            sys.exit(f"another process still writes to {self.dir}; stop it first")
+        about = json.loads((self.dir / "args.json").read_text(encoding="utf-8")) if args.resume else {"commands": []}
+        about |= {"script": Path(__file__).stem, "args": asdict(args),
+                  "versions": {package.name: package.version for package in distributions()}}
+        about["commands"].append(shlex.join(["python", *sys.argv]))
+        (self.dir / "args.json").write_text(json.dumps(about, indent=2, default=str), encoding="utf-8")
+        self.write_rows()                                              # drops what came after the checkpoint
+        self.writer = SummaryWriter(self.dir, purge_step=first_step + 1)
+        self.bar = tqdm(total=args.total_timesteps, initial=first_step, unit="step", unit_scale=True, disable=None)
+        self.stop, self.handlers = threading.Event(), {}
+        for number in (signal.SIGINT, signal.SIGTERM):                 # not those that nohup and the like ignore
+            if threading.current_thread() is threading.main_thread() and signal.getsignal(number) != signal.SIG_IGN:
+                self.handlers[number] = signal.signal(number, self.on_signal)
+        tqdm.write(f"writing to {self.dir}")
+
+    def on_signal(self, number, frame) -> None:
+        """First Ctrl-C or SIGTERM: finish this step or leave this evaluation, save, end. Second: end at once."""
+        os.write(2, b"\nstopping after a checkpoint; a second signal stops at once\n")       # print may be half-way
+        self.stop_signal = number
+        self.stop.set()
+        signal.signal(number, self.handlers[number])
+
+    def log(self, group: str, values: dict) -> None:
+        """Collect numbers, or one per task, (T,): `write` sends means to group/key and group/<task>/key."""
+        for key, value in values.items():
+            self.pending[group, key].append(np.asarray(value))
+
+    def write(self, global_step: int) -> None:
+        """What has come since the last call, to TensorBoard; the end of the run where it is not finite."""
+        self.log("charts", {"SPS": global_step / (time.time() - self.started)})
+        for (group, key), values in self.pending.items():
+            mean = np.mean(values, axis=0)                             # () or (T,)
+            if not np.isfinite(mean).all():
+                sys.exit(f"{group}/{key} is not finite at step {global_step:,}; {self.dir / 'checkpoint.pt'} is from "
+                         "before that. A smaller --lr is the usual remedy")
+            self.writer.add_scalar(f"{group}/{key}", mean.mean(), global_step)
+            for name, value in zip(self.names, mean) if mean.ndim else ():
+                self.writer.add_scalar(f"{group}/{name}/{key}", value, global_step)
+        self.pending.clear()
+        self.bar.update(global_step - self.bar.n)
+
+    def due(self, global_step: int) -> bool:
+        """Whether an evaluation is due: a multiple of --eval-every after the last row of metrics.csv, or the end."""
+        last, total = self.rows[-1]["global_step"] if self.rows else 0, self.args.total_timesteps
+        return crossed(last, global_step, self.args.eval_every) or last < total <= global_step
+
+    def log_evaluation(self, global_step: int, result: dict[str, np.ndarray], extra: dict[str, float]) -> None:
+        """A row of metrics.csv, for TensorBoard and the reader, too; `result` has "return" and more, (T, episodes)."""
+        row = {f"mean_{kind}": values.mean() for kind, values in result.items()}
+        row |= {f"{name}/{kind}": row.mean() for kind, rows in result.items() for name, row in zip(self.names, rows)}
+        row = {key: float(f"{value:.6g}") for key, value in (row | extra).items()}
+        seconds = time.time() - self.started
+        self.rows.append({"global_step": global_step, "seconds": round(seconds, 1)} | row)
+        self.write_rows()
+        self.log("eval", row)
+        self.write(global_step)
+        means = "  ".join(f"{kind} {values.mean():.2f}" for kind, values in result.items())
+        tqdm.write(f"step {global_step:,}/{self.args.total_timesteps:,}  {means}  {global_step / seconds:,.0f} steps/s")
+
+    def write_rows(self) -> None:
+        """metrics.csv, whole."""
+        with open(self.dir / "metrics.csv", "w", newline="", encoding="utf-8") as file:
+            columns = dict.fromkeys(key for row in self.rows for key in row)         # later rows may have more
+            table = csv.DictWriter(file, columns or ["global_step", "seconds"])
+            table.writeheader()
+            table.writerows(self.rows)
+
+    def save(self, global_step: int, state: dict) -> None:
+        """Write the checkpoint beside, then rename: a killed run leaves the previous one or this one, never half."""
+        self.write(global_step)                                        # ends the run where something is not finite
+        state |= {"global_step": global_step, "rows": self.rows, "seconds": time.time() - self.started}
+        torch.save(state, self.dir / "checkpoint.tmp")
+        os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
+
+    def close(self) -> None:
+        """Draw the curves, say where everything is; after a signal, end with the exit status that it stands for."""
+        self.bar.close(), self.writer.close(), self.lock.release()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.rows:
+            plot_curves(self.dir, self.names)
+        if self.stop.is_set():
+            print(f"stopped; go on with: {shlex.join(['python', sys.argv[0], '--resume', str(self.dir)])}")
+            sys.exit(128 + self.stop_signal)
+        print(f"run folder: {self.dir}")
 
 
-def check_finite(global_step: int, tensors: dict[str, Tensor]) -> None:
-    """Stop on a loss or a parameter that is not finite; the last checkpoint is older and good."""
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise Failure(f"{name} is not finite at step {global_step:,}; the last checkpoint is from before that. "
-                          "A smaller --lr is the usual remedy", status=1)
+def plot_curves(folder: Path, names: list[str]) -> None:
+    """curves.png from metrics.csv: success and return over steps, the mean thick, each task thin."""
+    table = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True, deletechars="", ndmin=1)
+    kinds = [kind for kind in ("success", "return") if f"mean_{kind}" in table.dtype.names]
+    figure = Figure(figsize=(2 + 4.5 * len(kinds), 4), layout="constrained")
+    for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
+        for i, name in enumerate(names):
+            axis.plot(table["global_step"], table[f"{name}/{kind}"], ("-", "--", ":")[i // 10 % 3], lw=0.8, label=name)
+        axis.plot(table["global_step"], table[f"mean_{kind}"], "k", lw=2.5, label="mean")
+        axis.set(xlabel=STEPS, ylabel=f"evaluated {kind}")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
+    figure.savefig(folder / "curves.png", dpi=120)
 
 
-def write_whole(path: Path, write) -> None:
-    """Call `write(temporary path)`, then rename: a killed run leaves the previous file or the new one, never half."""
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        write(tmp)
-        os.replace(tmp, path)
-    except (OSError, RuntimeError) as error:                           # torch.save makes a full disk a RuntimeError
-        free = shutil.disk_usage(path.parent).free / 2**20
-        tmp.unlink(missing_ok=True)
-        raise Failure(f"cannot write {path}, with {free:.1f} MB free there ({error}). What was saved before is intact: "
-                      f"free some space, then --resume {path.parent}", status=1) from error
+def print_table(names: list[str], result: dict[str, np.ndarray]) -> None:
+    """One row per task and one for all: means over episodes, and the standard deviation of the return."""
+    print(f"{'task':<24}" + "".join(f"{kind:>12}" for kind in result) + f"{'return +-':>12}")
+    for i, name in enumerate([*names, "all"]):
+        row = {kind: values[i] if i < len(names) else values for kind, values in result.items()}
+        print(f"{name:<24}" + "".join(f"{x.mean():>12.2f}" for x in row.values()) + f"{row['return'].std():>12.2f}")
 
 
 def load_checkpoint(folder: Path) -> dict:
     """The checkpoint of a run folder, on the CPU."""
     try:
         return torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise Failure(f"{folder} has no checkpoint.pt: the run ended before its first one; start it again") from None
-    except Exception as error:                                         # whatever a damaged file raises
-        raise Failure(f"{folder / 'checkpoint.pt'} is damaged ({type(error).__name__}); bring back a copy of it, or "
-                      "start the run again") from error
+    except Exception as error:                                         # missing, or whatever a damaged file raises
+        sys.exit(f"{folder} has no checkpoint.pt that can be read ({type(error).__name__}); give the folder of a run")
 
 
-def print_table(names: list[str], evaluation: dict) -> None:
-    """One row per task and one for all: mean return with its standard deviation over episodes, and success."""
-    returns, successes = evaluation["returns"], evaluation["successes"]
-    print(f"{'task':<24}{'return':>10}{'+-':>9}{'success':>9}   ({returns.shape[1]} episodes each)")
-    for name, episodic_returns, success in zip([*names, "all"], [*returns, returns], [*successes, successes]):
-        print(f"{name:<24}{episodic_returns.mean():>10.1f}{episodic_returns.std():>9.1f}{success.mean():>9.2f}")
-
-
-def save_animation(path: Path, names: list[str], frames: list[list[np.ndarray]]) -> None:
-    """All tasks side by side as an animated GIF, which any browser shows: one list of (H, W, 3) images per frame."""
-    columns, (height, width, _) = math.ceil(math.sqrt(len(names))), frames[0][0].shape
-    film = []
-    for images in frames:
-        film.append(Image.new("RGB", (columns * (width + 4), -(-len(names) // columns) * (height + 16)), "white"))
-        for i, (name, image) in enumerate(zip(names, images)):
-            x, y = i % columns * (width + 4), i // columns * (height + 16)
-            ImageDraw.Draw(film[-1]).text((x + 2, y + 2), name, fill="black")
-            film[-1].paste(Image.fromarray(image), (x, y + 14))
-    write_whole(path, lambda tmp: film[0].save(tmp, "GIF", save_all=True, append_images=film[1:], duration=60, loop=0))
-    print(f"wrote {path}")
-
-
-def ray_cast(model: mujoco.MjModel, data: mujoco.MjData, target: tuple, distance: float, azimuth: float,
-             elevation: float, size: int = 160) -> np.ndarray:
-    """Picture (size, size, 3) of a MuJoCo scene by casting one ray per pixel: slow, but needs no screen and no OpenGL.
-
-    Args:
-        target: point in the middle of the picture [m]; the camera is `distance` away, at two angles [degrees].
-    """
-    a, e = math.radians(azimuth), math.radians(elevation)
-    forward = np.array([math.cos(e) * math.cos(a), math.cos(e) * math.sin(a), math.sin(e)])
-    right = np.array([math.sin(a), -math.cos(a), 0.0])
-    span = 0.4 * np.linspace(-1, 1, size)                              # a field of view of 44 degrees
-    rays = forward + span[None, :, None] * right - span[:, None, None] * np.cross(right, forward)
-    rays /= np.linalg.norm(rays, axis=-1, keepdims=True)
-    eye, geom, depth = np.array(target) - distance * forward, np.empty(size**2, np.int32), np.empty(size**2)
-    visible = np.array([1, 1, 1, 0, 0, 0], np.uint8)                   # groups of geoms, as MuJoCo's viewer has them
-    mujoco.mj_multiRay(model, data, eye, rays.ravel(), visible, 1, -1, geom, depth, size**2, mujoco.mjMAXVAL)
-    geom, points = geom.reshape(size, size), eye + rays * depth.reshape(size, size, 1)
-    normal = np.cross(np.gradient(points, axis=1), np.gradient(points, axis=0))
-    normal /= np.linalg.norm(normal, axis=-1, keepdims=True) + 1e-12
-    light = 0.4 + 0.6 * np.abs(normal @ (0.3, -0.5, 0.8))[..., None]
-    material = model.geom_matid[:, None]
-    colour = np.where(material >= 0, model.mat_rgba[material[:, 0]] if model.nmat else 0.0, model.geom_rgba)[:, :3]
-    return (255 * np.where(geom[..., None] >= 0, colour[geom] * light, 1.0).clip(0, 1)).astype(np.uint8)
-
-
-def plot_curves(folder: Path, names: list[str]) -> None:
-    """curves.png from metrics.csv: success and return over environment steps, the mean thick, each task thin."""
-    table = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True, deletechars="", ndmin=1)
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for axis, kind in zip(axes, ("success", "return")):
-        for i, name in enumerate(names):
-            axis.plot(table["global_step"], table[f"{name}/{kind}"], ("-", "--", ":")[i // 10 % 3], linewidth=0.8,
-                      label=name)
-        axis.plot(table["global_step"], table[f"mean_{kind}"], "k", linewidth=2.5, label="mean")
-        axis.set(xlabel="environment steps, summed over tasks", ylabel=f"evaluated {kind}")
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
-    figure.savefig(folder / "curves.png", dpi=120)
-
-
-class Run:
-    """A run's folder and voice: args.json, metrics.csv, TensorBoard, checkpoint.pt, progress line, stop signals."""
-
-    def __init__(self, args: Args, names: list[str], global_step: int = 0, seconds: float = 0.0):
-        self.args, self.names, self.pending, self.stop_signal, self.saved_at = args, names, defaultdict(list), 0, None
-        self.start_step, self.earlier_seconds, self.started = global_step, seconds, time.perf_counter()
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        script, about = Path(__file__), {"commands": []}
-        if args.resume:
-            self.dir, about = args.resume, json.loads((args.resume / "args.json").read_text())
-        else:
-            stem = f"{args.env}__{script.stem}__{args.method}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-            self.dir, number = args.runs_dir / stem, 1
-            while self.dir.exists():                                   # by another run that began in the same second
-                number += 1
-                self.dir = args.runs_dir / f"{stem}-{number}"
-            try:
-                self.dir.mkdir(parents=True)
-            except OSError as error:
-                raise Failure(f"--runs-dir {args.runs_dir}: cannot make {self.dir} ({error.strerror})") from error
-        self.metrics = self.dir / "metrics.csv"
-        if args.resume:
-            text = self.metrics.read_text() if self.metrics.exists() else ""
-            rows = [row for row in text.splitlines(keepends=True) if row[-1] == "\n"]           # no torn last row
-            keep = rows[:1] + [row for row in rows[1:] if int(row.split(",")[0]) <= global_step]
-            write_whole(self.metrics, lambda tmp: tmp.write_text("".join(keep)))   # the rest is about to be repeated
-        pinned = re.findall(r'"([\w-]+)[^"]*==', script.read_text().split("# ///")[1])
-        self.settings = json.loads(json.dumps(asdict(args), default=str))              # paths become text
-        about |= {"script": script.stem, "args": self.settings, "versions": {name: version(name) for name in pinned}}
-        about["commands"].append(" ".join(sys.argv))
-        write_whole(self.dir / "args.json", lambda tmp: tmp.write_text(json.dumps(about, indent=2) + "\n"))
-        print(f"writing to {self.dir}", flush=True)
-        self.writer = SummaryWriter(self.dir, purge_step=global_step + 1)
-        self.bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True,
-                        disable=not sys.stderr.isatty())
-
-    def on_signal(self, number, frame) -> None:
-        """First Ctrl-C or SIGTERM: finish this step, save, end. Second: end at once."""
-        self.stop_signal = number
-        signal.signal(number, signal.SIG_DFL)
-
-    def add(self, group: str, values: dict[str, float]) -> None:
-        """Collect scalars for TensorBoard under group/key; `write` logs the mean of each."""
-        for key, value in values.items():
-            self.pending[f"{group}/{key}"].append(value)
-
-    def write(self, global_step: int) -> None:
-        """Send to TensorBoard what has come since the last call; move the progress line."""
-        returns = [np.mean(self.pending[key]) for key in self.pending if key.endswith("/episodic_return")]
-        self.add("charts", {"episodic_return": np.mean(returns)} if returns else {})
-        self.add("charts", {"SPS": self.speed(global_step)})
-        for key, values in self.pending.items():
-            self.writer.add_scalar(key, np.mean(values), global_step)
-        self.pending.clear()
-        self.bar.update(global_step - self.bar.n)
-
-    def speed(self, global_step: int) -> float:
-        """Environment steps per second of this process."""
-        return (global_step - self.start_step) / (time.perf_counter() - self.started)
-
-    def seconds(self) -> float:
-        """Wall time of the run, earlier processes included."""
-        return self.earlier_seconds + time.perf_counter() - self.started
-
-    def log_evaluation(self, global_step: int, evaluation: dict, extra: dict[str, float]) -> None:
-        """A row of metrics.csv, the same to TensorBoard under eval/, and a line for the reader."""
-        means = {"return": evaluation["returns"].mean(1), "success": evaluation["successes"].mean(1)}   # (T,) each
-        row = {f"mean_{kind}": values.mean() for kind, values in means.items()}
-        row |= {f"{name}/{kind}": values[i] for i, name in enumerate(self.names) for kind, values in means.items()}
-        row |= extra
-        with open(self.metrics, "a") as file:
-            if file.tell() == 0:
-                file.write(",".join(["global_step", "seconds", *row]) + "\n")
-            values = ",".join(f"{value:.6g}" if isinstance(value, float) else str(value) for value in row.values())
-            file.write(f"{global_step},{self.seconds():.1f},{values}\n")
-        self.add("eval", row)
-        summary = f"return {row['mean_return']:.1f}  success {row['mean_success']:.2f}"
-        self.bar.set_postfix_str(summary)
-        if self.bar.disable:                                           # not a terminal
-            total, speed = self.args.total_timesteps, self.speed(global_step)
-            print(f"step {global_step:,}/{total:,}  {summary}  {speed:,.0f} steps/s  "
-                  f"{(total - global_step) / speed / 60:.1f} min left", flush=True)
-
-    def save(self, state: dict) -> None:
-        """Write the checkpoint: whatever happens, `--resume` finds the previous one or this one."""
-        state |= {"args": self.settings, "seconds": self.seconds()}
-        write_whole(self.dir / "checkpoint.pt", partial(torch.save, state))
-        self.saved_at = state["global_step"]
-
-    def close(self) -> None:
-        """Draw the curves, say where everything is; after a signal, end with the exit status that it stands for."""
-        self.bar.close()
-        self.writer.close()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if self.metrics.exists() and self.metrics.stat().st_size:
-            plot_curves(self.dir, self.names)
-        if self.stop_signal:
-            print(f"stopped at step {self.saved_at:,}; go on with: python {sys.argv[0]} --resume {self.dir}")
-            sys.exit(128 + self.stop_signal)
-        print(f"run folder: {self.dir}")
-
-
-MAY_CHANGE = {"total_timesteps", "device", "eval_every", "eval_episodes", "checkpoint_every", "capture_video",
-              "runs_dir", "resume", "evaluate"}                        # between a run and its continuation
-
-
-def read_args(settings: type, argv: list[str] | None = None):
+def read_args(argv: list[str] | None = None) -> Args:
     """Settings from the command line; with --resume or --evaluate those of that run, with the command line on top."""
-    args = tyro.cli(settings, args=argv)
-    folder, flag = args.resume or args.evaluate, "--resume" if args.resume else "--evaluate"
-    if folder is None:
+    args = tyro.cli(Args, args=argv)
+    if (folder := args.resume or args.evaluate) is None:
         return args
-    if args.resume and args.evaluate:
-        raise Failure("--resume goes on training and --evaluate does not: give one of them")
     try:
-        about = json.loads((folder / "args.json").read_text())
+        about = json.loads((folder / "args.json").read_text(encoding="utf-8"))
         if about["script"] != Path(__file__).stem:
-            raise Failure(f"{flag} {folder}: that run was made by {about['script']}.py; use that script")
-        stored = {key: tuple(v) if isinstance(v, list) else v for key, v in about["args"].items()}     # JSON has lists
-        if args.evaluate:
-            stored["capture_video"] = False                            # a picture is drawn when it is asked for
-        stored = settings(**stored | {"runs_dir": Path(stored["runs_dir"]), "resume": None, "evaluate": None})
+            sys.exit(f"{folder} was made by {about['script']}.py; use that script")
+        stored = Args(**about["args"] | {"resume": None, "evaluate": None, "capture_video": False})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Failure(f"{flag} {folder}: no args.json there that this version can read ({error}); "
-                      f"give a run folder, such as those below {args.runs_dir}/") from error
-    args = tyro.cli(settings, args=argv, default=stored)
-    for name, value in asdict(args).items():
-        may_change = name in MAY_CHANGE or (args.evaluate and name.startswith("eval"))
-        if not may_change and value != getattr(stored, name):
-            raise Failure(f"{flag} {folder}: that run was made with --{name.replace('_', '-')} "
-                          f"{getattr(stored, name)}, not {value}; leave the flag out, or start a new run")
+        sys.exit(f"{folder} has no args.json that this version can read ({error}); give the folder of a run")
+    args = tyro.cli(Args, args=argv, default=stored)
+    for name in FIXED - ({"seed"} if args.evaluate else set()):
+        if getattr(args, name) != getattr(stored, name):
+            sys.exit(f"{folder} was made with --{name.replace('_', '-')} {getattr(stored, name)}; leave the flag out")
     return args
 
 
-def run_script(settings: type, main) -> None:
-    """Read the settings, call `main`, and turn what the user can mend into one message."""
-    try:
-        main(read_args(settings))
-    except Failure as failure:
-        print(f"{Path(sys.argv[0]).name}: {failure}", file=sys.stderr)
-        sys.exit(failure.status)
-    except ModuleNotFoundError as error:                               # one that is imported where it is used
-        print(f"{Path(sys.argv[0]).name}: these settings need the package {error.name}, which is not installed; the "
-              "first lines of this file list all of them, and uv run installs them", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}; the last checkpoint is intact. Free some space, or make the run "
-              "folder writable, then --resume it", file=sys.stderr)
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    run_script(Args, train)
+    train(read_args())
