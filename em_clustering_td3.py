@@ -18,9 +18,9 @@ task moves: a policy keeps its weights and all of its replay. tabular_em.py is t
     gradient surgery (Yu et al. 2020), a baseline        project_conflicts, descend
 
 Differences from the paper, each explained in docs/em_clustering_td3.md:
-1. All policies train side by side, with an update every --update-every steps in place of a block after each episode. An
-   M-step has exactly --m-step-size steps per policy: episodes in progress are cut, as is the last M-step by the total.
-2. The first update comes after 40,000 steps, summed over policies, in every method: the paper's 10,000 of four policies.
+1. All policies train side by side, with updates between steps in place of a block after each episode. An M-step has
+   exactly --m-step-size steps per policy: episodes in progress are cut short, as is the last M-step by the total.
+2. Updates begin after 40,000 steps, summed over policies, in every method: the paper's 10,000 of each of four policies.
 3. In an E-step all policies meet the same start states (--no-common-starts: each its own, as in the paper).
 4. Time limits bootstrap (--timeout-is-terminal for the authors' code); target noise is TD3's own.
 5. The pendulum's policies use half of the torque, as in the authors' code (--action-scale 2 for the paper's text).
@@ -349,6 +349,10 @@ class TD3(nn.Module):
         self.critic = PolicyMLP(2, num_policies, [obs_size + action_size, *args.hidden_sizes, 1], shared)
         self.actor_target, self.critic_target = copy.deepcopy(self.actor), copy.deepcopy(self.critic)
 
+    def q(self, critic: PolicyMLP, obs: Tensor, actions: Tensor, *params) -> Tensor:
+        """Twin Q-functions of `critic`, online or target: (R, B, O) and (R, B, A) -> (2, R, B)."""
+        return critic(torch.cat([obs, actions], dim=-1), *params).squeeze(-1)
+
     def noisy(self, actions: Tensor, std: float) -> Tensor:
         """Actions with Gaussian noise, itself within +-0.5, inside the environment's limits."""
         noise = std * torch.randn(actions.shape).to(actions)           # of the CPU's generator, whatever the device
@@ -369,6 +373,7 @@ class PolicyReplay:
 
     def __init__(self, num_policies: int, capacity: int, obs_size: int, action_size: int, device: str):
         self.widths, self.num_added = [obs_size, action_size, 1, obs_size, 1], 0         # per policy: all add at once
+        check_memory(4 * num_policies * capacity * sum(self.widths), capacity)
         self.data = torch.zeros(num_policies, capacity, sum(self.widths), device=device)
         self.policies = torch.arange(num_policies, device=device)[:, None]
 
@@ -388,24 +393,30 @@ class PolicyReplay:
         return [obs, actions, rewards.squeeze(-1), next_obs, terminations.squeeze(-1)]
 
 
+def check_memory(num_bytes: int, capacity: int) -> None:
+    """End with one sentence where a replay is larger than the memory of this machine, or of the container it is."""
+    limit, have = Path("/sys/fs/cgroup/memory.max"), math.inf
+    if hasattr(os, "sysconf"):                                         # not on Windows
+        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if limit.exists() and limit.read_text().strip().isdigit():
+        have = min(have, int(limit.read_text()))
+    if num_bytes > 0.9 * have:
+        sys.exit(f"the replay would grow to {num_bytes / 1e9:.0f} GB, and there are {have / 1e9:.0f} GB of memory "
+                 f"here; --buffer-size {int(0.8 * have / num_bytes * capacity)} would fit")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The method
 # ---------------------------------------------------------------------------------------------------------------------
 def assign_tasks(returns: np.ndarray) -> np.ndarray:
-    """E-step: the policy that is best at each task; ties go to the lowest index.
-
-    Args:
-        returns: G[t, i], mean return of policy i on task t, (..., T, n).
-    Returns:
-        Policy of each task, (..., T) int64.
-    """
-    return returns.argmax(-1)
+    """E-step: the policy that is best at each task, G (T, n) -> (T,); ties go to the lowest index."""
+    return returns.argmax(1)
 
 
-def clusters(assignment: np.ndarray, num_policies: int) -> np.ndarray:
-    """Which tasks each policy trains on: (..., T) -> (..., n, T) bool. One without tasks trains on all of them."""
-    member = assignment[..., None, :] == np.arange(num_policies)[:, None]
-    return member | ~member.any(-1, keepdims=True)
+def clusters(assignment: np.ndarray, num_policies: int) -> list[np.ndarray]:
+    """The tasks that each policy trains on; one that no task, (T,), is assigned to trains on all of them."""
+    own = [np.flatnonzero(assignment == policy) for policy in range(num_policies)]
+    return [tasks if len(tasks) else np.arange(len(assignment)) for tasks in own]
 
 
 def random_clusters(num_tasks: int, num_policies: int, rng: np.random.Generator) -> np.ndarray:
@@ -420,20 +431,19 @@ def td3_update(args: Args, agent: TD3, optimizers: dict, batch: list[Tensor], up
     obs, actions, rewards, next_obs, terminations = batch              # (R, B, O), (R, B, A), (R, B), ...
     with torch.no_grad():
         next_actions = agent.noisy(agent.scale * torch.tanh(agent.actor_target(next_obs)[0]), args.smoothing_noise)
-        next_q = agent.critic_target(torch.cat([next_obs, next_actions], -1)).squeeze(-1).amin(0)          # (R, B)
+        next_q = agent.q(agent.critic_target, next_obs, next_actions).amin(0)                          # (R, B)
         target = rewards + args.gamma * (1 - terminations) * next_q
     params = agent.critic.unshared()
-    q = agent.critic(torch.cat([obs, actions], -1), params).squeeze(-1)                                # (2, R, B)
-    losses = {"critic": (q - target).square().mean(-1).sum(0)}                                         # (R,)
+    losses = {"critic": (agent.q(agent.critic, obs, actions, params) - target).square().mean(-1).sum(0)}
     descend(args, optimizers["critic"], agent.critic, torch.autograd.grad(losses["critic"].sum(), params), rng)
 
     if update_policies:
         params, first_twin = agent.actor.unshared(), [param[:len(param) // 2] for param in agent.critic.params]
         before_tanh = agent.actor(obs, params)[0]                                                      # (R, B, A)
         pi = agent.scale * torch.tanh(before_tanh)
-        q = agent.critic(torch.cat([obs, pi], -1), first_twin)[0].squeeze(-1)                          # (R, B)
-        losses["actor"] = (args.action_penalty * pi.square().mean((1, 2)) - q.mean(1)
-                           + args.preactivation_penalty * before_tanh.square().mean((1, 2)))           # (R,)
+        losses["actor"] = (-agent.q(agent.critic, obs, pi, first_twin)[0].mean(1)
+                           + args.action_penalty * pi.square().mean((1, 2))
+                           + args.preactivation_penalty * before_tanh.square().mean((1, 2)))
         descend(args, optimizers["actor"], agent.actor, torch.autograd.grad(losses["actor"].sum(), params), rng)
         with torch.no_grad():
             for target, online in ((agent.actor_target, agent.actor), (agent.critic_target, agent.critic)):
@@ -453,7 +463,7 @@ def descend(args: Args, optimizer: torch.optim.Optimizer, net: PolicyMLP, grads:
     (copies, num_policies), shared = net.stack, [i for i, param in enumerate(net.params) if len(param) < len(grads[i])]
     for param, grad in zip(net.params, grads):
         param.grad = grad if len(param) == len(grad) else grad.unflatten(0, net.stack).mean(1)
-    if args.method == "surgery":
+    if args.method == "surgery" and shared:
         task_grads = torch.cat([grads[i].unflatten(0, net.stack).flatten(2) for i in shared], -1)      # (C, T, P)
         for c in range(copies):
             projected = project_conflicts(task_grads[c], draw_visit_order(num_policies, rng))          # (T, P)
@@ -492,35 +502,34 @@ def project_conflicts(task_grads: Tensor, visit_order: np.ndarray) -> Tensor:
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
 def play_pairs(args: Args, agent: TD3, episodes: int, rng: np.random.Generator, common_starts: bool,
-               stopped) -> tuple[np.ndarray, int] | None:
+               stopped) -> dict | None:
     """Deterministic episodes of every policy in every task that it could have, all of these pairs side by side.
 
     Args:
         rng: draws starts and grounds of a task's episodes, the same for all policies or each its own.
         stopped: asked at every step; where it says so, there is no result.
     Returns:
-        Returns and successes, (2, n, T, episodes), nan for pairs that do not play; how many steps were taken.
+        return and success, (n, T, episodes) each, nan for pairs that do not play; steps, how many were taken.
     """
     n, num_tasks, steps = agent.actor.stack[1], len(args.tasks), 0
-    plays = np.eye(n) if args.method in OWN_TASK else np.ones((n, num_tasks))
     results = np.full((2, n, num_tasks, episodes), np.nan)
-    seeds = rng.integers(2**31, size=(1 if common_starts else n, *results.shape[2:]))
-    seeds = np.broadcast_to(seeds, results.shape[1:])
+    seeds = rng.integers(2**31, size=(1 if common_starts else n, num_tasks, episodes))       # of all, or of each
+    pairs = np.argwhere(np.eye(n) if args.method in OWN_TASK else np.ones((n, num_tasks)))
     for k in range(episodes):
-        running = {(i, t): Episode(args, t, seeds[i, t, k], EVAL_HORIZON[args.env]) for i, t in np.argwhere(plays)}
+        running = [(i, t, Episode(args, t, seeds[i % len(seeds), t, k], EVAL_HORIZON[args.env])) for i, t in pairs]
         obs = np.zeros((n, num_tasks, agent.sizes[0]), np.float32)
         while running:
             if stopped():
                 return None
-            for pair, episode in running.items():
-                obs[pair] = episode.obs
+            for i, t, episode in running:
+                obs[i, t] = episode.obs
             actions = agent.act(obs)                                   # (n, T, A)
-            for (i, t), episode in list(running.items()):
+            for i, t, episode in running:
                 episode.step(actions[i, t])
-                if episode.over:
-                    results[:, i, t, k] = episode.total, episode.success
-                    steps += running.pop((i, t)).length
-    return results, steps
+                results[:, i, t, k] = episode.total, episode.success   # stays after the last step
+            steps += len(running)
+            running = [pair for pair in running if not pair[-1].over]
+    return {"return": results[0], "success": results[1], "steps": steps}
 
 
 def evaluate(args: Args, agent: TD3, assignment: np.ndarray, stopped=lambda: False) -> tuple[dict, dict] | None:
@@ -532,11 +541,9 @@ def evaluate(args: Args, agent: TD3, assignment: np.ndarray, stopped=lambda: Fal
     played = play_pairs(args, agent, args.eval_episodes, np.random.default_rng([args.seed, 1]), True, stopped)
     if played is None:
         return None
-    results, steps = played
-    returns, successes = results[:, assignment, range(len(assignment))]
-    columns = {"max_return": np.nanmax(results[0].mean(-1), axis=0).mean(), "eval_steps": steps}
+    columns = {"max_return": np.nanmax(played["return"].mean(-1), axis=0).mean(), "eval_steps": played["steps"]}
     columns |= {f"{name}/policy": policy for name, policy in zip(args.tasks, assignment)}
-    return {"return": returns, "success": successes}, columns
+    return {kind: played[kind][assignment, range(len(assignment))] for kind in ("return", "success")}, columns
 
 
 def report(args: Args, agent: TD3, assignment: np.ndarray, result: dict[str, np.ndarray], folder: Path) -> None:
@@ -575,9 +582,9 @@ def train(args: Args) -> Path:
         return args.evaluate
     buffer = PolicyReplay(n, min(args.buffer_size, -(-args.total_timesteps // n)), *agent.sizes, args.device)
     run, global_step, episodes = Run(args, args.env, args.tasks, state), 0, []
-    e_steps, counts = {}, {"e_step_steps": 0, "eval_steps": 0}         # step: (assignment, returns); environment steps
+    e_steps = {}                                                       # at global_step: assignment, its returns, steps
     if args.resume:
-        global_step, e_steps, counts = state["global_step"], state["e_steps"], state["counts"]
+        global_step, e_steps = state["global_step"], state["e_steps"]
         for name, optimizer in optimizers.items():                     # with --lr as it is now
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizers"][name]})
         buffer.num_added = state["num_added"]
@@ -595,15 +602,15 @@ def train(args: Args) -> Path:
         """Everything that the next step reads."""
         run.save(global_step, dict(
             agent=agent.state_dict(), optimizers={name: opt.state_dict()["state"] for name, opt in optimizers.items()},
-            assignment=assignment.tolist(), e_steps=e_steps, counts=counts, num_added=buffer.num_added,
+            assignment=assignment.tolist(), e_steps=e_steps, num_added=buffer.num_added,
             buffer=buffer.data[:, :len(buffer)].clone(), rng=json.dumps(rng.bit_generator.state),
             torch_rng=torch.get_rng_state(), episodes=[] if args.env != "pendulum" else [
                 (e.task, e.total, e.length, *map(float, e.env.state)) for e in episodes]))
 
     def begin(policy: int) -> Episode:
         """A training episode, in a task drawn from the policy's own."""
-        mine = np.flatnonzero(clusters(assignment, n)[policy])
-        return Episode(args, int(rng.choice(mine)), rng.integers(2**31), HORIZON[args.env])
+        task = int(rng.choice(clusters(assignment, n)[policy]))
+        return Episode(args, task, rng.integers(2**31), HORIZON[args.env])
 
     if not args.resume:
         save()                                                         # from here on a killed run can be resumed
@@ -612,16 +619,15 @@ def train(args: Args) -> Path:
         if args.method == "em" and global_step // n % args.m_step_size == 0 and global_step not in e_steps:
             e_step_rng = np.random.default_rng([args.seed, 2, global_step])
             if played := play_pairs(args, agent, args.e_step_episodes, e_step_rng, args.common_starts, run.stop.is_set):
-                returns = played[0][0].mean(-1).T                      # G, (T, n)
+                returns = played["return"].mean(-1).T                  # G, (T, n)
                 assignment, episodes = assign_tasks(returns), []       # what is running is cut short
-                e_steps[global_step] = assignment.tolist(), returns.max(1).tolist()
-                counts["e_step_steps"] += played[1]
+                e_steps[global_step] = assignment.tolist(), returns.max(1).tolist(), played["steps"]
 
         # Evaluate --------------------------------------------------------------------------------------------
         if run.due(global_step) and (evaluated := evaluate(args, agent, assignment, run.stop.is_set)):
             result, columns = evaluated
-            columns["eval_steps"] = counts["eval_steps"] = counts["eval_steps"] + columns["eval_steps"]
-            run.log_evaluation(global_step, result, counts | columns)
+            columns["e_step_steps"] = sum(steps for _, _, steps in e_steps.values())
+            run.log_evaluation(global_step, result, columns)
         if global_step >= args.total_timesteps or run.stop.is_set():
             break
 
@@ -658,8 +664,8 @@ def train(args: Args) -> Path:
     save()
     if not run.stop.is_set():
         report(args, agent, assignment, result, run.dir)
-        print(f"environment steps: {global_step:,} of training, {counts['e_step_steps']:,} of E-steps, "
-              f"{counts['eval_steps']:,} of evaluations")
+        print(f"environment steps: {global_step:,} of training, {columns['e_step_steps']:,} of E-steps, "
+              f"{sum(row['eval_steps'] for row in run.rows):,.0f} of evaluations")
         if e_steps:
             plot_e_steps(run.dir / "assignment.png", args.tasks, e_steps, n)
     run.close()
@@ -671,7 +677,8 @@ def train(args: Args) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 def plot_e_steps(path: Path, names: tuple[str, ...], e_steps: dict, num_policies: int) -> None:
     """The paper's Fig. 9 and 10: a dot where an E-step gives a task to the panel's policy, its colour the return."""
-    steps, (assignment, returns) = np.array(list(e_steps)), np.array(list(e_steps.values())).swapaxes(0, 1)
+    steps = np.array(list(e_steps))
+    assignment, returns, _ = (np.array(column) for column in zip(*e_steps.values()))
     figure = Figure(figsize=(9, 1 + 1.6 * num_policies), layout="constrained")
     axes = figure.subplots(num_policies, 1, sharex=True, squeeze=False)[:, 0]
     for policy, axis in enumerate(axes):
@@ -702,7 +709,7 @@ class Run:
         """`family` begins the folder's name; `names` are the tasks'; `state` is the checkpoint to go on from, or {}."""
         self.args, self.names, self.pending, self.rows = args, names, defaultdict(list), state.get("rows", [])
         self.started, first_step = time.time() - state.get("seconds", 0.0), state.get("global_step", 0)
-        if first_step >= args.total_timesteps:
+        if self.rows and self.rows[-1]["global_step"] >= args.total_timesteps:         # evaluated at its end, too
             sys.exit(f"{args.resume} has {first_step:,} steps already; give a larger --total-timesteps")
         stem = f"{family}__{Path(__file__).stem}__{args.method}__s{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.dir = args.resume or args.runs_dir / stem
