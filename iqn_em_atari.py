@@ -16,7 +16,7 @@ and a replay per game; nothing is reset when a game moves.
     E-step: G[t, i], score of policy i in game t         play_games
     assignment: argmax_i G[t, i]; empty sets get all     train
     M-step: which of its games a policy plays next       Policy.begin
-    IQN: n-step target, quantile Huber loss              FrameReplay.sample, iqn_update
+    IQN: n-step target, quantile Huber loss              FrameReplay.sample, Policy.update
 
 Differences from the paper, each explained in docs/iqn_em_atari.md:
 1. All policies train side by side, and the last episode of an M-step is cut short, at exactly --m-step-size steps.
@@ -32,6 +32,7 @@ The paper's size needs a GPU, 100 GB of memory and days; the first command takes
 """
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import math
@@ -48,11 +49,11 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Annotated, Literal
 
+import gymnasium as gym
 import imageio.v2 as imageio
 import numpy as np
 import torch
 import tyro
-from ale_py.roms import get_all_rom_ids
 from ale_py.vector_env import AtariVectorEnv
 from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
@@ -68,29 +69,29 @@ from tqdm import tqdm
 # ---------------------------------------------------------------------------------------------------------------------
 STEPS = "environment steps, summed over policies"
 FIXED = {"method", "preset", "games", "seed", "num_policies", "m_step_size", "width", "buffer_size"}
-GAMMA, BATCH_SIZE, UPDATE_EVERY, EPSILON, EVAL_EPSILON = 0.99, 32, 4, 0.01, 0.001      # equal in paper and code
+UPDATE_EVERY, EPSILON, EVAL_EPSILON = 4, 0.01, 0.001          # equal in the paper and the authors' program
 LOG_EVERY = 5_000                                             # environment steps between writes to TensorBoard
-ROMS = {"".join(map(str.capitalize, rom.split("_"))): rom for rom in get_all_rom_ids()}         # MsPacman: ms_pacman
 SCORES = {  # of random play and of a human: the usual table of 57 Atari games
     "MsPacman": (307.3, 6951.6), "Alien": (227.8, 7127.7), "BankHeist": (14.2, 753.1), "WizardOfWor": (563.5, 4756.5),
     "SpaceInvaders": (148.0, 1668.7), "Assault": (222.4, 742.0), "DemonAttack": (152.1, 1971.0),
     "Phoenix": (761.4, 7242.6), "ChopperCommand": (811.0, 7387.8), "Jamesbond": (29.0, 302.8),
     "Zaxxon": (32.5, 9173.3), "Riverraid": (1338.5, 17118.0)}
-PAPER = dict(
-    games=tuple(SCORES), total_timesteps=33_000_000, eval_every=1_000_000, checkpoint_every=1_000_000, num_policies=4,
-    m_step_size=250_000, eval_steps=27_000, horizon=27_000, learning_starts=20_000, target_period=8_000,
-    buffer_size=300_000, save_replay=False, width={"em": 1.0, "multihead": 2.0, "ppt": 3**-0.5},
+PAPER = dict(  # in braces by method: where one is missing, the setting has no effect on it
+    games=tuple(SCORES), total_timesteps=33_000_000, eval_every=1_000_000, checkpoint_every=1_000_000,
+    num_policies={"em": 4}, m_step_size={"em": 250_000}, eval_steps={"em": 27_000}, horizon=27_000,
+    learning_starts=20_000, target_period=8_000, buffer_size=300_000, save_replay=False,
+    width={"em": 1.0, "multihead": 2.0, "ppt": 3**-0.5},      # about as many parameters in all, here and below
     epsilon_period={"em": 1_000_000, "multihead": 250_000, "ppt": 3_000_000})              # 250,000 of each policy
-PRESETS = {  # by method where it matters: with these widths all methods have about as many parameters
+PRESETS = {
     "gin": PAPER | dict(num_quantiles=(64, 64, 32), n_step=3, lr=5e-5),
     "code": PAPER | dict(num_quantiles=(32, 32, 32), n_step=1, lr=2.5e-4),
     "laptop": dict(                                           # ours, chosen once for two cores and not tuned
         games=("MsPacman", "Alien", "Assault", "DemonAttack"), total_timesteps=300_000, eval_every=50_000,
-        checkpoint_every=50_000, num_policies=2, m_step_size=25_000, eval_steps=2_000, horizon=4_500,
-        learning_starts=2_000, target_period=1_000, buffer_size=100_000, save_replay=True, epsilon_period=50_000,
-        width={"em": 0.25, "multihead": 0.38, "ppt": 0.168}, num_quantiles=(8, 8, 8), n_step=3, lr=2.5e-4)}
-ONLY_EM = ("num_policies", "m_step_size", "eval_steps")       # the others have no E-steps
+        checkpoint_every=50_000, num_policies={"em": 2}, m_step_size={"em": 25_000}, eval_steps={"em": 2_000},
+        horizon=4_500, learning_starts=2_000, target_period=1_000, buffer_size=100_000, save_replay=True, n_step=3,
+        width={"em": 0.25, "multihead": 0.38, "ppt": 0.168}, epsilon_period=50_000, num_quantiles=(8, 8, 8), lr=2.5e-4)}
 Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 @dataclass
@@ -100,7 +101,7 @@ class Args:
     preset: Literal["gin", "code", "laptop"] = "gin"
     """decides what is None below: IQN's recommended settings, as in the paper; the authors' program's; small, short"""
     games: tuple[str, ...] | None = None
-    """the tasks, spelled as in MsPacman; games beyond the paper's twelve count as 0 in normalised scores"""
+    """any of the Arcade Learning Environment; beyond the paper's twelve they count as 0 in normalised scores"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
     """seeds every generator"""
     total_timesteps: Positive | None = None
@@ -137,8 +138,12 @@ class Args:
     """quantile fractions of an online pass, of a target, and to act with, papers: N, N', K"""
     n_step: Positive | None = None
     """rewards in a target before it bootstraps"""
-    lr: Annotated[float, Field(gt=0, le=1)] | None = None
+    lr: Share | None = None
     """Adam step size"""
+    gamma: Share = 0.99
+    """discount factor"""
+    batch_size: Positive = 32
+    """transitions per update, all of one game"""
     target_period: Positive | None = None
     """training steps of a policy between copies of it to its target network"""
     learning_starts: Positive | None = None
@@ -151,14 +156,14 @@ class Args:
     """let checkpoints hold the replay; without it a resumed run collects its data anew"""
 
     def __post_init__(self):
-        for name in ONLY_EM:
-            if self.method != "em" and getattr(self, name) is not None:
-                raise ValueError(f"--{name.replace('_', '-')} has no effect with --method {self.method}; leave it out")
         for name, value in PRESETS[self.preset].items():
-            if getattr(self, name) is None and (self.method == "em" or name not in ONLY_EM):
-                setattr(self, name, value[self.method] if isinstance(value, dict) else value)
-        if not self.games or len(set(self.games) & set(ROMS)) < len(self.games):
-            raise ValueError(f"--games {' '.join(self.games)}: give different ones of {' '.join(ROMS)}")
+            value = value.get(self.method) if isinstance(value, dict) else value
+            if value is None and getattr(self, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} has no effect with --method {self.method}; leave it out")
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if not self.games or sum(f"ALE/{game}-v5" in gym.registry for game in set(self.games)) < len(self.games):
+            raise ValueError(f"--games {' '.join(self.games)}: give different ones, such as {' '.join(SCORES)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,9 +177,9 @@ def make_emulator(args: Args, game: int, **picture) -> AtariVectorEnv:
     0.25; a lost life ends nothing. Every episode begins in the same state: a seed decides no more than the sticking.
     `reset(seed=...)` loads the game anew, in 0.15 s; `reset()` goes on with its random numbers, in 0.01 s.
     """
-    return AtariVectorEnv(ROMS[args.games[game]], num_envs=1, repeat_action_probability=0.25, noop_max=0,
-                          use_fire_reset=False, reward_clipping=False, max_num_frames_per_episode=4 * args.horizon,
-                          **picture)
+    return gym.make_vec(f"ALE/{args.games[game]}-v5", num_envs=1, repeat_action_probability=0.25, noop_max=0,
+                        use_fire_reset=False, reward_clipping=False, max_num_frames_per_episode=4 * args.horizon,
+                        **picture)
 
 
 def human_normalised(games: tuple[str, ...], scores: np.ndarray) -> np.ndarray:
@@ -207,19 +212,9 @@ class IQN(nn.Module):
 
     def forward(self, obs: Tensor, taus: Tensor) -> Tensor:
         """What the heads read, at the fractions `taus`: (B, 4, 84, 84) uint8, (B, N) -> (B, N, D)."""
-        cosines = torch.cos(torch.pi * taus[..., None] * torch.arange(1, 65, device=taus.device))    # (B, N, 64)
+        cosines = torch.cos(taus[..., None] * (torch.pi * torch.arange(1, 65, device=taus.device)))  # (B, N, 64)
         embedded = torch.relu(self.embedding(cosines))                                       # IQN, Eq. 4: (B, N, F)
         return torch.relu(self.dense(self.features(obs / 255)[:, None] * embedded))
-
-
-@torch.no_grad()
-def act(args: Args, net: IQN, obs: np.ndarray, games: list[int], epsilon: float, rng: np.random.Generator) -> list[int]:
-    """For each of B games, (B, 4, 84, 84), the action with the largest mean of K random quantiles or, rarely, any."""
-    taus = torch.from_numpy(rng.random((len(obs), args.num_quantiles[2]), np.float32)).to(args.device)
-    hidden = net(torch.from_numpy(obs).to(args.device), taus).mean(1)                        # (B, D): heads are linear
-    greedy = [net.heads[game](row).argmax().item() for game, row in zip(games, hidden)]
-    return [int(rng.integers(net.heads[game].out_features)) if rng.random() < epsilon else action
-            for game, action in zip(games, greedy)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,24 +256,23 @@ class FrameReplay:
         of_episode = back <= rows["age"][:, -1:]
         return torch.from_numpy(rows["frame"] * of_episode[..., None, None])
 
-    def sample(self, rng: np.random.Generator, n_step: int) -> list[Tensor]:
-        """Draw transitions uniformly: obs (B, 4, 84, 84), actions, returns and discounts (B,) each, later obs.
+    def sample(self, rng: np.random.Generator, batch_size: int, n_step: int, gamma: float) -> list[Tensor]:
+        """Draw transitions: obs (B, 4, 84, 84), actions, returns and discounts (B,) each, and obs n steps later.
 
-        Returns are discounted sums of up to n rewards of the same episode; discounts are gamma to the number of those
-        rewards, 0 after a termination. The later observation is the one after them.
+        A return has n rewards, or those up to its episode's end; a discount is gamma to their number, 0 if terminal.
         """
         oldest, index = max(0, self.num_added - len(self.rows)), np.zeros(0, np.int64)
-        while len(index) < BATCH_SIZE:
-            drawn = rng.integers(oldest, self.num_added, size=BATCH_SIZE - len(index))
+        while len(index) < batch_size:
+            drawn = rng.integers(oldest, self.num_added, size=batch_size - len(index))
             rows = self.rows[drawn % len(self.rows)]
             whole = np.minimum(rows["age"], 3) <= drawn - oldest                             # no frame of it is gone
             index = np.concatenate([index, drawn[whole & (rows["action"] >= 0)]])
-        returns, discounts, after = np.zeros(BATCH_SIZE, np.float32), np.ones(BATCH_SIZE, np.float32), index.copy()
+        returns, discounts, after = np.zeros(batch_size, np.float32), np.ones(batch_size, np.float32), index.copy()
         for _ in range(n_step):
             rows = self.rows[after % len(self.rows)]
             running = rows["action"] >= 0                              # the frame is not the last of its episode
             returns += discounts * running * rows["reward"]
-            discounts *= np.where(running, GAMMA * ~rows["terminated"], 1.0)
+            discounts *= np.where(running, gamma * ~rows["terminated"], 1.0)
             after += running
         actions = self.rows["action"][index % len(self.rows)]
         return [self.stacks(index), *map(torch.from_numpy, (actions, returns, discounts)), self.stacks(after)]
@@ -303,20 +297,29 @@ class Policy:
     """A policy: its networks and their optimizer, a replay and an emulator per game, and the episode it is playing."""
 
     def __init__(self, args: Args, num_actions: list[int]):
-        self.online, self.target = (IQN(num_actions, args.width).to(args.device) for _ in range(2))
-        self.target.load_state_dict(self.online.state_dict())
+        self.args, self.online = args, IQN(num_actions, args.width).to(args.device)
+        self.target = copy.deepcopy(self.online)
         self.optimizer = torch.optim.Adam(self.online.parameters(), lr=args.lr, eps=3.125e-4, fused=True)
         self.replays, self.emulators = defaultdict(lambda: FrameReplay(args.buffer_size)), {}
         self.steps, self.game = np.zeros(len(num_actions), int), None            # in this M-step, by game; that played
 
-    def begin(self, args: Args, games: np.ndarray, rng: np.random.Generator) -> None:
+    def begin(self, games: np.ndarray, rng: np.random.Generator) -> None:
         """An episode of one of the games: any at first, then the one with the fewest steps in this M-step."""
         self.game = int(games[self.steps[games].argmin()] if self.steps.any() else rng.choice(games))
         self.score, self.length, seed = 0.0, 0, None
         if self.game not in self.emulators:
-            self.emulators[self.game], seed = make_emulator(args, self.game), int(rng.integers(2**31))
+            self.emulators[self.game], seed = make_emulator(self.args, self.game), int(rng.integers(2**31))
         self.obs = self.emulators[self.game].reset(seed=seed)[0]
         self.replays[self.game].begin(self.obs[0, -1])
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray, games: list[int], epsilon: float, rng: np.random.Generator) -> list[int]:
+        """In B games, (B, 4, 84, 84), the actions with the largest mean of K quantiles or, with epsilon, any action."""
+        taus = torch.from_numpy(rng.random((len(obs), self.args.num_quantiles[2]), np.float32)).to(self.args.device)
+        hidden = self.online(torch.from_numpy(obs).to(self.args.device), taus).mean(1)       # (B, D): heads are linear
+        greedy = [self.online.heads[game](row).argmax().item() for game, row in zip(games, hidden)]
+        return [int(rng.integers(self.online.heads[game].out_features)) if rng.random() < epsilon else action
+                for game, action in zip(games, greedy)]
 
     def step(self, action: int) -> dict | None:
         """Act in the game and store what came of it; what there is to say about an episode that is over."""
@@ -327,11 +330,31 @@ class Policy:
         if terminated or truncated:
             return {"episodic_return": self.score, "episodic_length": self.length}
 
-    def state_dict(self, save_replay: bool) -> dict:
+    def update(self, batch: list[Tensor], game: int) -> float:
+        """One step of IQN on transitions of a game; the quantile Huber loss (IQN, Eq. 3; kappa = 1) before it."""
+        obs, actions, returns, discounts, next_obs = (column.to(self.args.device) for column in batch)
+        num_online, num_target, num_acting = self.args.num_quantiles
+        rows = torch.arange(len(obs), device=obs.device)
+        with torch.no_grad():                                          # the target network chooses and judges
+            taus = torch.rand(len(obs), num_acting + num_target).to(obs.device)
+            next_quantiles = self.target.heads[game](self.target(next_obs, taus))            # (B, K + N', A)
+            best = next_quantiles[:, :num_acting].mean(1).argmax(1)
+            target = returns[:, None] + discounts[:, None] * next_quantiles[rows, num_acting:, best]         # (B, N')
+        taus = torch.rand(len(obs), num_online).to(obs.device)
+        quantiles = self.online.heads[game](self.online(obs, taus))[rows, :, actions]        # (B, N)
+        error = target[:, None] - quantiles[..., None]                                       # (B, N, N')
+        huber = torch.where(error.abs() <= 1, 0.5 * error.square(), error.abs() - 0.5)
+        loss = ((taus[..., None] - (error.detach() < 0).float()).abs() * huber).mean(2).sum(1).mean()
+        self.optimizer.zero_grad()                                     # to None: Adam passes over the other heads
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+    def state_dict(self) -> dict:
         """All but the running episode, as tensors and numbers."""
         state = {name: getattr(self, name).state_dict() for name in ("online", "target", "optimizer")}
         replays = {game: vars(replay) | {"rows": torch.from_numpy(replay.rows[:replay.num_added].view(np.uint8))}
-                   for game, replay in self.replays.items() if save_replay}
+                   for game, replay in self.replays.items() if self.args.save_replay}
         return state | {"steps": self.steps.tolist(), "replays": replays}
 
     def load_state_dict(self, state: dict) -> None:
@@ -345,33 +368,11 @@ class Policy:
             vars(replay).update(saved)
 
 
-def iqn_update(args: Args, policy: Policy, batch: list[Tensor], game: int) -> float:
-    """One step of IQN on transitions of one game; the quantile Huber loss (IQN, Eq. 3; kappa = 1) before it."""
-    obs, actions, returns, discounts, next_obs = (column.to(args.device) for column in batch)
-    num_online, num_target, num_acting = args.num_quantiles
-    rows = torch.arange(len(obs), device=obs.device)
-    with torch.no_grad():                                              # the target network chooses and judges
-        taus = torch.rand(len(obs), num_acting + num_target).to(args.device)
-        next_quantiles = policy.target.heads[game](policy.target(next_obs, taus))            # (B, K + N', A)
-        best = next_quantiles[:, :num_acting].mean(1).argmax(1)
-        target = returns[:, None] + discounts[:, None] * next_quantiles[rows, num_acting:, best]     # (B, N')
-    taus = torch.rand(len(obs), num_online).to(args.device)
-    quantiles = policy.online.heads[game](policy.online(obs, taus))[rows, :, actions]        # (B, N)
-    error = target[:, None] - quantiles[..., None]                                           # (B, N, N')
-    huber = torch.where(error.abs() <= 1, 0.5 * error.square(), error.abs() - 0.5)
-    loss = ((taus[..., None] - (error.detach() < 0).float()).abs() * huber).mean(2).sum(1).mean()
-    policy.optimizer.zero_grad()                                       # to None: Adam passes over the other heads
-    loss.backward()
-    policy.optimizer.step()
-    return loss.item()
-
-
-def play_games(args: Args, emulators: list[AtariVectorEnv], policies: list[Policy], pairs: list[tuple[int, int]],
-               seed: list[int], stopped, min_steps: int = 0, min_episodes: int = 1) -> list[tuple] | None:
+def play_games(emulators: list[AtariVectorEnv], policies: list[Policy], pairs: list[tuple[int, int]], seed: list[int],
+               stopped, min_steps: int = 0, min_episodes: int = 1) -> list[tuple[list[float], int]] | None:
     """Whole episodes of each pair of a policy and a game until there are enough, a policy's games side by side.
 
-    `seed` is that of all chance in the play of a policy, and the same for all of them. Of each pair there come the
-    undiscounted scores of its episodes, a list, and the number of its steps; None if `stopped()`.
+    Of each pair: undiscounted scores, a list, and the number of steps; None if `stopped()`. Policies share the `seed`.
     """
     scores, steps = {pair: [0.0] for pair in pairs}, dict.fromkeys(pairs, 0)
     for i, policy in enumerate(policies):
@@ -381,7 +382,7 @@ def play_games(args: Args, emulators: list[AtariVectorEnv], policies: list[Polic
             if stopped():
                 return None
             games, seen = [game for _, game in playing], np.concatenate([obs[pair] for pair in playing])
-            for game, action in zip(games, act(args, policy.online, seen, games, EVAL_EPSILON, rng)):
+            for game, action in zip(games, policy.act(seen, games, EVAL_EPSILON, rng)):
                 emulators[game].send(np.array([action]))               # all of them run at the same time
             for pair in playing.copy():
                 obs[pair], (reward,), (terminated,), (truncated,), _ = emulators[pair[1]].recv()
@@ -395,6 +396,14 @@ def play_games(args: Args, emulators: list[AtariVectorEnv], policies: list[Polic
     return [(scores[pair], steps[pair]) for pair in pairs]
 
 
+def evaluate(args: Args, emulators: list[AtariVectorEnv], policies: list[Policy], assignment: list[int],
+             stopped=lambda: False) -> dict[str, np.ndarray] | None:
+    """Scores of the assigned policies in fresh episodes, (T, episodes), the same ones at every call."""
+    pairs = [(i, game) for game, i in enumerate(assignment)]
+    played = play_games(emulators, policies, pairs, [args.seed, 1], stopped, min_episodes=args.eval_episodes)
+    return played and {"return": np.array([scores for scores, _ in played])}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
@@ -406,48 +415,39 @@ def train(args: Args) -> Path:
     torch.manual_seed(args.seed)
     rng, num_games = np.random.default_rng(args.seed), len(args.games)
     n = {"em": args.num_policies, "multihead": 1, "ppt": num_games}[args.method]
-    stage = [make_emulator(args, game) for game in range(num_games)]   # of E-steps and evaluations
+    stage = [make_emulator(args, game) for game in range(num_games)]             # of E-steps and evaluations
     policies = [Policy(args, [int(emulator.single_action_space.n) for emulator in stage]) for _ in range(n)]
     state = load_checkpoint(args.resume or args.evaluate) if args.resume or args.evaluate else {}
     for policy, saved in zip(policies, state.get("policies", [])):
         policy.load_state_dict(saved)
     assignment = state.get("assignment", [game % n for game in range(num_games)])          # that of the baselines
-
-    def evaluate(stopped) -> dict[str, np.ndarray] | None:
-        """Scores of the assigned policies, (T, episodes), in the same fresh episodes whenever it is called."""
-        played = play_games(args, stage, policies, list(zip(assignment, range(num_games))), [args.seed, 1], stopped,
-                            min_episodes=args.eval_episodes)
-        return played and {"return": np.array([scores for scores, _ in played])}
-
     if args.evaluate:
-        report_games(args, policies, assignment, evaluate(lambda: False), args.evaluate)
+        report_games(args, policies, assignment, evaluate(args, stage, policies, assignment), args.evaluate)
         return args.evaluate
     num_replays = num_games * (n if args.method == "em" else 1)
-    num_frames = min(num_replays * args.buffer_size, args.total_timesteps)       # that the replays can grow to
-    check_memory(84 * 84 * num_frames, num_frames // num_replays)
+    capacity = min(args.buffer_size, args.total_timesteps // num_replays)        # as far as it is used, on average
+    check_memory(84 * 84 * num_replays * capacity, capacity)
     run, global_step, history, eval_steps = Run(args, "atari", list(args.games), state), 0, [], 0
     if args.resume:
         global_step, history, eval_steps = state["global_step"], state["history"], state["eval_steps"]
         rng.bit_generator.state = json.loads(state["rng"])
         torch.set_rng_state(state["torch_rng"])
-        tqdm.write("emulators are not saved: fresh episodes begin" + ", and an empty replay" * (not args.save_replay))
 
     def save() -> None:
         """Everything that the next step reads."""
         run.save(global_step, dict(
-            policies=[policy.state_dict(args.save_replay) for policy in policies], assignment=assignment,
-            history=history, eval_steps=eval_steps, rng=json.dumps(rng.bit_generator.state),
-            torch_rng=torch.get_rng_state()))
+            policies=[policy.state_dict() for policy in policies], assignment=assignment, history=history,
+            eval_steps=eval_steps, rng=json.dumps(rng.bit_generator.state), torch_rng=torch.get_rng_state()))
 
+    tqdm.write(f"{n} policies, {sum(p.numel() for p in policies[0].online.parameters()):,} parameters each; a resumed "
+               "run begins with fresh episodes" + " and an empty replay" * (not args.save_replay))
     if not args.resume:
-        tqdm.write(f"{n} policies, {sum(p.numel() for p in policies[0].online.parameters()):,} parameters each"
-                   + "; checkpoints leave out the replay" * (not args.save_replay))
         save()                                                         # from here on a killed run can be resumed
     while True:
         # E-step: every policy plays every game, each game goes to the best ------------------------------------
         if args.method == "em" and global_step == len(history) * n * args.m_step_size:
-            played = play_games(args, stage, policies, [(i, game) for game in range(num_games) for i in range(n)],
-                                [args.seed, 2, global_step], run.stop.is_set, min_steps=args.eval_steps)
+            pairs = [(i, game) for game in range(num_games) for i in range(n)]
+            played = play_games(stage, policies, pairs, [args.seed, 2, global_step], run.stop.is_set, args.eval_steps)
             if played:                                                 # else a resumed run makes it up
                 returns = np.array([np.mean(scores) for scores, _ in played]).reshape(num_games, n)         # G
                 assignment = returns.argmax(1).tolist()                # ties: the lowest index
@@ -457,7 +457,7 @@ def train(args: Args) -> Path:
                     policy.steps[:], policy.game = 0, None
 
         # Evaluate: before the end, so that a run that was stopped during an evaluation makes it up ------------
-        if run.due(global_step) and (result := evaluate(run.stop.is_set)):
+        if run.due(global_step) and (result := evaluate(args, stage, policies, assignment, run.stop.is_set)):
             mean = result["return"].mean(1)
             best = np.array(history[-1][2]) if history else mean
             run.log_evaluation(global_step, result, {
@@ -473,14 +473,15 @@ def train(args: Args) -> Path:
         for i, policy in enumerate(policies):
             games = np.array([game for game in range(num_games) if assignment[game] == i] or range(num_games))
             if policy.game is None:
-                policy.begin(args, games, rng)
-            episode = policy.step(act(args, policy.online, policy.obs, [policy.game], epsilon, rng)[0])
+                policy.begin(games, rng)
+            episode = policy.step(policy.act(policy.obs, [policy.game], epsilon, rng)[0])
             if episode:
                 run.log(f"tasks/{args.games[policy.game]}", episode)
                 policy.game = None
             game = int(rng.choice(games))
             if steps % UPDATE_EVERY == 0 and policy.replays[game].num_steps > args.learning_starts:
-                loss = iqn_update(args, policy, policy.replays[game].sample(rng, args.n_step), game)
+                batch = policy.replays[game].sample(rng, args.batch_size, args.n_step, args.gamma)
+                loss = policy.update(batch, game)
                 run.log("losses", {"quantile": loss, f"policy{i}/quantile": loss})
                 if crossed(steps - UPDATE_EVERY, steps, args.target_period):
                     policy.target.load_state_dict(policy.online.state_dict())
@@ -503,7 +504,7 @@ def train(args: Args) -> Path:
 # Pictures of the method
 # ---------------------------------------------------------------------------------------------------------------------
 def report_games(args: Args, policies: list[Policy], assignment: list[int], result: dict, folder: Path) -> None:
-    """Print what the assigned policies score; film a thousand steps of each game if asked to."""
+    """Print what the assigned policies score; film 400 steps of each game if asked to."""
     print_table([f"{name} by policy {i}" for name, i in zip(args.games, assignment)], result)
     for game, name in enumerate(args.games) if args.capture_video else ():
         rng, frames = np.random.default_rng([args.seed, 3]), []
@@ -511,11 +512,10 @@ def report_games(args: Args, policies: list[Policy], assignment: list[int], resu
                 make_emulator(args, game, stack_num=1, grayscale=False, img_height=210, img_width=160))
         seed = int(rng.integers(2**31))
         obs, picture = (emulator.reset(seed=seed)[0] for emulator in pair)
-        for step in range(1_000):
-            action = np.array(act(args, policies[assignment[game]].online, obs, [game], EVAL_EPSILON, rng))
+        for _ in range(400):
+            action = np.array(policies[assignment[game]].act(obs, [game], EVAL_EPSILON, rng))
             obs, picture = (emulator.step(action)[0] for emulator in pair)
-            if step % 4 == 0:
-                frames.append(picture[0, 0])
+            frames.append(picture[0, 0])
         imageio.mimsave(folder / f"{name}.gif", frames, duration=60, loop=0)
 
 
@@ -550,7 +550,7 @@ class Run:
         """`family` begins the folder's name; `names` are the tasks'; `state` is the checkpoint to go on from, or {}."""
         self.args, self.names, self.pending, self.rows = args, names, defaultdict(list), state.get("rows", [])
         self.started, first_step = time.time() - state.get("seconds", 0.0), state.get("global_step", 0)
-        if first_step >= args.total_timesteps:
+        if self.rows and self.rows[-1]["global_step"] >= args.total_timesteps:         # evaluated at its end, too
             sys.exit(f"{args.resume} has {first_step:,} steps already; give a larger --total-timesteps")
         stem = f"{family}__{Path(__file__).stem}__{args.method}__s{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.dir = args.resume or args.runs_dir / stem
