@@ -178,11 +178,12 @@ def test_matrices_keep_lengths(settings, mean, std):
         assert torch.allclose(matrices @ matrices.mT, torch.eye(256).expand(6, -1, -1), atol=1e-5)
 
 
-@pytest.mark.parametrize("script, method, hidden, policy, critic", [                   # counts of the sheet, for MT10
-    (pc, "sac", (160,) * 6, 138_088, 137_601), (dg, "sac", (160,) * 6, 138_088, 137_601),
-    (dg, "dgrad-a", (160,) * 3, 833_608, 60_321 + 772_800), (dg, "film", (160,) * 3, 60_808 + 9_600, 60_321 + 9_600)])
-def test_shared_layers_and_numbers_of_parameters(script, method, hidden, policy, critic):
-    agent = script.make_agent(script.Args(env="mt10", method=method, hidden_sizes=hidden), 49, 4)
+@pytest.mark.parametrize("script, settings, layers, policy, critic", [                 # counts of the sheet, for MT10
+    (pc, {"method": "sac"}, 6, 138_088, 137_601), (pc, {"method": "multihead"}, 6, 138_088 + 9 * 1_288, 137_601 + 9 * 161),
+    (pc, {"heads": True}, 6, 138_088 + 9 * 1_288, 137_601 + 9 * 161), (dg, {"method": "sac"}, 6, 138_088, 137_601),
+    (dg, {}, 3, 833_608, 60_321 + 772_800), (dg, {"method": "film"}, 3, 60_808 + 9_600, 60_321 + 9_600)])
+def test_shared_layers_and_numbers_of_parameters(script, settings, layers, policy, critic):
+    agent = script.make_agent(script.Args(env="mt10", hidden_sizes=(160,) * layers, **settings), 49, 4)
     assert [sum(p.numel() for p in net.parameters()) for net in (agent.actor, agent.critic)] == [policy, 2 * critic]
     assert agent.actor.params[2].abs().max() < (6 / 320) ** 0.5 < agent.critic.params[2].abs().max()          # xavier's
     assert agent.critic.params[2].std().item() == pytest.approx((2 / 320) ** 0.5, rel=0.03)
