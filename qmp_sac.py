@@ -50,7 +50,7 @@ import time
 from collections import defaultdict
 from dataclasses import asdict
 from datetime import datetime
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Annotated, Literal
@@ -200,10 +200,33 @@ MAZE = ("############", "#....#.....#", "#.##.#.#.#.#", "#......#...#", "#.####.
         "##.#.#.#.###", "#..#...#...#", "############")    # D4RL's large maze; row = x axis, column = y axis
 MAZE_TASKS = [((1, 3), (5, 8)), ((1, 10), (2, 4)), ((4, 1), (1, 7)), ((7, 4), (4, 10)), ((1, 3), (7, 4)),
               ((1, 7), (7, 10)), ((5, 4), (7, 9)), ((7, 1), (2, 6)), ((1, 2), (3, 10)), ((7, 2), (6, 8))]  # start, goal
+REACHER_GOALS = np.array([(0.2, 0.3, 0.5), (0.3, 0.0, 0.3), (0.4, -0.3, 0.4), (0.4, 0.3, 0.2)])    # metres, world
+REACHER_TASKS = ((0, 1, 2), (0, 1, 3), (1, 3, 2), (1, 2, 0), None)     # order of the goals; None: stay at the start
+HOLD_STILL = np.array([0.410, 0.119, 0.239])                           # the hand at the start [m]
+DOMAIN_WEIGHTS = torch.tensor([[3, 2, 0, 1, 0], [2, 3, 1, 0, 0], [0, 1, 3, 1, 0], [1, 0, 1, 3, 0], [0, 0, 0, 0, 1.0]])
+
+
+class SimulatedTask:
+    """A task with a MuJoCo `model` and its `data`, and a picture of them."""
+    camera = "view"
+
+    @cached_property
+    def renderer(self) -> mujoco.Renderer:
+        """MuJoCo's, or the end of the program where there is no OpenGL."""
+        try:
+            return mujoco.Renderer(self.model, 320, 320)
+        except Exception as error:                                     # each platform raises its own
+            sys.exit(f"pictures need OpenGL ({error}); without a screen set MUJOCO_GL=egl or MUJOCO_GL=osmesa, with "
+                     "that library installed, or leave --capture-video out")
+
+    def render(self) -> np.ndarray:
+        """What the camera sees, (320, 320, 3) uint8."""
+        self.renderer.update_scene(self.data, self.camera)
+        return self.renderer.render()
 
 
 @cache
-def maze_model() -> mujoco.MjModel:
+def maze_model(goal: tuple[int, int]) -> mujoco.MjModel:
     """The point mass in D4RL's large maze. Cell (row, col) has its centre at world (row + 1, col + 1)."""
     walls = "".join(f'<geom type="box" pos="{row + 1} {col + 1} 0" size=".5 .5 .2"/>'
                     for row, line in enumerate(MAZE) for col, cell in enumerate(line) if cell == "#")
@@ -216,8 +239,9 @@ def maze_model() -> mujoco.MjModel:
         <motor gear="100" ctrllimited="true" ctrlrange="-1 1"/>
       </default>
       <worldbody>
-        <camera name="view" pos="5 6.5 15" xyaxes="0 1 0 -1 0 0"/>
-        <geom type="plane" pos="0 0 -.1" size="40 40 .25" contype="1" conaffinity="0"/>
+        <camera name="view" pos="5 6.5 14" xyaxes="0 1 0 -1 0 0"/>
+        <site pos="{goal[0] + 1.2} {goal[1] + 1.2} 0" size=".3" rgba="0 .8 0 1"/>
+        <geom type="plane" pos="0 0 -.1" size="40 40 .25" contype="1" conaffinity="0" rgba=".9 .9 .9 1"/>
         {walls}
         <body name="particle" pos="1.2 1.2 0">
           <geom type="sphere" size=".1" contype="1" rgba="1 0 0 1"/>
@@ -229,7 +253,7 @@ def maze_model() -> mujoco.MjModel:
     </mujoco>""")
 
 
-class MazeTask:
+class MazeTask(SimulatedTask):
     """One task of the maze: push a point mass (4.19 kg) from `start` to within 0.5 m of `goal`.
 
     Observation (4,): position and velocity [m, m/s], without the goal. Action (2,): force / 100 N, clipped to +-1.
@@ -238,35 +262,23 @@ class MazeTask:
     horizon, action_size, max_speed = 600, 2, 5.0         # m/s along each axis, enforced before each simulation step
 
     def __init__(self, start: tuple[int, int], goal: tuple[int, int]):
-        self.model, self.data = maze_model(), mujoco.MjData(maze_model())
-        self.start, self.goal = np.array(start, float), np.array(goal, float)
+        self.model, self.start, self.goal = maze_model(goal), np.array(start, float), np.array(goal, float)
+        self.data = mujoco.MjData(self.model)
 
     def reset(self, rng: np.random.Generator) -> np.ndarray:
-        """First observation of an episode: the start +-0.1 m, almost at rest."""
+        """First observation of an episode: within 10 cm of the start, almost at rest."""
         mujoco.mj_resetData(self.model, self.data)
         self.data.qpos[:] = self.start + rng.uniform(-0.1, 0.1, 2)
         self.data.qvel[:] = 0.1 * rng.standard_normal(2)
-        return self.observe()
+        return np.concatenate([self.data.qpos, self.data.qvel], dtype=np.float32)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, dict]:
         """Observation, reward, termination, and whether this step succeeds."""
         self.data.ctrl[:] = np.clip(action, -1.0, 1.0)
         self.data.qvel[:] = np.clip(self.data.qvel, -self.max_speed, self.max_speed)
         mujoco.mj_step(self.model, self.data)
-        distance = float(np.linalg.norm(self.data.qpos - self.goal))
-        return self.observe(), math.exp(-distance) - 1.0, distance <= 0.5, {"success": distance <= 0.5}
-
-    def observe(self) -> np.ndarray:
-        return np.concatenate([self.data.qpos, self.data.qvel], dtype=np.float32)
-
-    def render(self) -> np.ndarray:
-        """Seen from above, rows downwards."""
-        return take_picture(self.model, self.data, "view", [*(self.goal + 1.2), 0.0], 0.3)
-
-
-REACHER_GOALS = np.array([(0.2, 0.3, 0.5), (0.3, 0.0, 0.3), (0.4, -0.3, 0.4), (0.4, 0.3, 0.2)])    # metres, world
-REACHER_TASKS = ((0, 1, 2), (0, 1, 3), (1, 3, 2), (1, 2, 0), None)     # order of the goals; None: stay at the start
-DOMAIN_WEIGHTS = torch.tensor([[3, 2, 0, 1, 0], [2, 3, 1, 0, 0], [0, 1, 3, 1, 0], [1, 0, 1, 3, 0], [0, 0, 0, 0, 1.0]])
+        distance, obs = np.linalg.norm(self.data.qpos - self.goal), np.concatenate([self.data.qpos, self.data.qvel])
+        return obs.astype(np.float32), math.exp(-distance) - 1.0, distance <= 0.5, {"success": distance <= 0.5}
 
 
 @cache
@@ -276,6 +288,7 @@ def reacher_model(variant: str) -> mujoco.MjModel:
     "official" has a shoulder motor (joint 2) too weak to hold the arm at some goals; "strong" doubles its gear to 20.
     Joint 5 starts (ref) outside its limits, as in the official model.
     """
+    goals = "".join('<site pos="{} {} {}" size=".05" rgba="0 .8 0 1"/>'.format(*goal) for goal in REACHER_GOALS)
     return mujoco.MjModel.from_xml_string(f"""
     <mujoco>
       <compiler angle="radian"/>
@@ -286,64 +299,52 @@ def reacher_model(variant: str) -> mujoco.MjModel:
         <motor gear="10" ctrllimited="true" ctrlrange="-1 1"/>
       </default>
       <worldbody>
-        <camera name="view" pos="2 .3 1.1" xyaxes="-.15 1 0 -.35 -.05 1"/>
-        <geom type="plane" size="5 5 1" contype="1" conaffinity="1"/>
+        <camera name="view" pos="1.8 0 .9" xyaxes="0 1 0 -.35 0 1"/>{goals}
+        <geom type="plane" size="5 5 1" contype="1" conaffinity="1" rgba=".9 .9 .9 1"/>
         <body name="base" pos="0 0 .25">
-          <body name="link_1" pos="0 0 .1535" quat="0 0 1 0">
-            <inertial pos="-1.14317e-6 .0102141 -.0637045" quat=".702792 .0778988 -.0778994 .702813"
-                      mass=".613151" diaginertia=".00149348 .00144012 .000401632"/>
-            <joint name="1" range="-.8 .8"/>
-            <body name="link_2" pos="0 0 -.1185" quat="0 0 .707107 .707107">
-              <inertial pos="0.206657 -1.55e-7 -.030675" mass="1.85031" diaginertia=".0402753 .0398125 .00121953"/>
-              <joint name="2" axis="0 0 1" range="-1.5 .7"/>
-              <geom fromto="0 0 0 .41 0 0" size=".04"/>
-              <body name="link_3" pos=".41 0 0" quat="0 .707107 .707107 0">
-                <inertial pos=".0847979 -1.18e-7 -.020283" quat="2.338e-5 .694869 1.997e-5 .719136"
-                          mass=".70372" diaginertia=".00386732 .00373181 .000358773"/>
-                <joint name="3"/>
-                <geom fromto="0 0 0 .207 0 -.011" size=".035"/>
-                <body name="link_4" pos=".207 0 -.01125" quat="0 .707107 0 -.707107">
-                  <inertial pos=".00914824 4.5e-8 -.0370941" quat=".971237 -1.93e-5 -.238115 3.24e-5"
-                            mass=".227408" diaginertia=".000176463 .00017225 .000108303"/>
-                  <joint name="4"/>
-                  <geom fromto="0 0 0 .0343 0 -.0659" size=".03"/>
-                  <body name="link_5" pos=".0343 0 -.06588" quat=".887011 0 -.461749 0">
-                    <inertial pos=".00914824 4.5e-8 -.0370941" quat=".971237 -1.93e-5 -.238115 3.24e-5"
-                              mass=".227408" diaginertia=".000176463 .00017225 .000108303"/>
-                    <joint name="5" ref="-2.8"/>
-                    <geom fromto="0 0 0 .0343 0 -.0659" size=".03"/>
-                    <body name="hand" pos=".0343 0 -.06588" quat=".627211 -.326506 -.326506 .627211">
-                      <inertial pos=".0036132 -6.22e-5 -.0583749" quat=".669114 -.237618 -.23799 .66271"
-                                mass=".58074" diaginertia=".000817146 .000671192 .000606807"/>
-                      <joint name="6"/>
-                      <geom type="sphere" pos="0 0 -.06" size=".05" rgba="1 0 0 1"/>
-                    </body>
-                  </body>
-                </body>
-              </body>
-            </body>
-          </body>
-        </body>
+        <body name="link_1" pos="0 0 .1535" quat="0 0 1 0">
+          <inertial pos="-1.14317e-6 .0102141 -.0637045" quat=".702792 .0778988 -.0778994 .702813"
+                    mass=".613151" diaginertia=".00149348 .00144012 .000401632"/>
+          <joint name="1" range="-.8 .8"/>
+        <body name="link_2" pos="0 0 -.1185" quat="0 0 .707107 .707107">
+          <inertial pos="0.206657 -1.55e-7 -.030675" mass="1.85031" diaginertia=".0402753 .0398125 .00121953"/>
+          <joint name="2" axis="0 0 1" range="-1.5 .7"/><geom fromto="0 0 0 .41 0 0" size=".04"/>
+        <body name="link_3" pos=".41 0 0" quat="0 .707107 .707107 0">
+          <inertial pos=".0847979 -1.18e-7 -.020283" quat="2.338e-5 .694869 1.997e-5 .719136"
+                    mass=".70372" diaginertia=".00386732 .00373181 .000358773"/>
+          <joint name="3"/><geom fromto="0 0 0 .207 0 -.011" size=".035"/>
+        <body name="link_4" pos=".207 0 -.01125" quat="0 .707107 0 -.707107">
+          <inertial pos=".00914824 4.5e-8 -.0370941" quat=".971237 -1.93e-5 -.238115 3.24e-5"
+                    mass=".227408" diaginertia=".000176463 .00017225 .000108303"/>
+          <joint name="4"/><geom fromto="0 0 0 .0343 0 -.0659" size=".03"/>
+        <body name="link_5" pos=".0343 0 -.06588" quat=".887011 0 -.461749 0">
+          <inertial pos=".00914824 4.5e-8 -.0370941" quat=".971237 -1.93e-5 -.238115 3.24e-5"
+                    mass=".227408" diaginertia=".000176463 .00017225 .000108303"/>
+          <joint name="5" ref="-2.8"/><geom fromto="0 0 0 .0343 0 -.0659" size=".03"/>
+        <body name="hand" pos=".0343 0 -.06588" quat=".627211 -.326506 -.326506 .627211">
+          <inertial pos=".0036132 -6.22e-5 -.0583749" quat=".669114 -.237618 -.23799 .66271"
+                    mass=".58074" diaginertia=".000817146 .000671192 .000606807"/>
+          <joint name="6"/><geom type="sphere" pos="0 0 -.06" size=".05" rgba="1 0 0 1"/>
+        </body></body></body></body></body></body></body>
       </worldbody>
       <actuator>
-        <motor joint="1" gear="5"/><motor joint="2" gear="{20 if variant == "strong" else 10}"/><motor joint="3"/>
-        <motor joint="4"/><motor joint="5"/><motor joint="6"/>
+        <motor joint="1" gear="5"/><motor joint="2" gear="{20 if variant == "strong" else 10}"/>
+        <motor joint="3"/><motor joint="4"/><motor joint="5"/><motor joint="6"/>
       </actuator>
     </mujoco>""")
 
 
-class ReacherTask:
+class ReacherTask(SimulatedTask):
     """One task of the multistage reacher: touch three goals in order (tasks 0 to 3) or hold the hand still (task 4).
 
     Observation (15,): joint angles and velocities [rad, rad/s], and which goal is next, one-hot; where the goals are is
     not observed. Action (6,): joint torques as a share of the motors' limits. A goal is touched within 5 cm.
     """
     horizon, action_size = 200, 6
-    hold_still = np.array([0.410, 0.119, 0.239])                       # the hand at the start [m]
 
     def __init__(self, task: int, variant: str):
-        self.model, self.data = reacher_model(variant), mujoco.MjData(reacher_model(variant))
-        self.task, self.order = task, REACHER_TASKS[task]
+        self.model, self.task, self.order = reacher_model(variant), task, REACHER_TASKS[task]
+        self.data = mujoco.MjData(self.model)
 
     def reset(self, rng: np.random.Generator) -> np.ndarray:
         """First observation of an episode: the same pose +-0.01 rad, almost at rest."""
@@ -351,28 +352,21 @@ class ReacherTask:
         self.data.qpos += rng.uniform(-0.01, 0.01, 6)
         self.data.qvel[:] = rng.uniform(-0.001, 0.001, 6)
         mujoco.mj_forward(self.model, self.data)
-        self.stage = self.held = 0
+        self.stage = self.touches = 0
         return self.observe()
 
-    @property
-    def goal(self) -> np.ndarray:
-        """Where the hand is to be, (3,) [m]."""
-        return self.hold_still if self.order is None else REACHER_GOALS[self.order[min(self.stage, 2)]]
-
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, dict]:
-        """Observation, reward of the authors' code, termination, and how far the task is."""
+        """Observation, reward as in the authors' code, termination, and what is reached."""
         action = np.clip(action, -1.0, 1.0)
         self.data.ctrl[:] = action
         mujoco.mj_step(self.model, self.data, nstep=4)
-        distance = float(np.linalg.norm(self.data.body("hand").xpos - self.goal))
+        goal = HOLD_STILL if self.order is None else REACHER_GOALS[self.order[self.stage]]
+        distance = np.linalg.norm(self.data.body("hand").xpos - goal)
         touched = distance < 0.05
-        if self.order is None:
-            self.held += touched
-            self.stage = self.held // 30                               # 90 steps near the start, not all in a row
-        else:
-            self.stage += touched
-        effort = (0.01 * float(np.square(action).sum()) + 0.001 * float(np.abs(self.data.qvel).mean())
-                  + 1e-5 * float(np.abs(self.data.qacc).mean()))
+        self.touches += int(touched)
+        self.stage = self.touches // 30 if self.order is None else self.touches    # task 4: 3 x 30 steps near the start
+        effort = (0.01 * float(np.square(action).sum()) + 0.001 * np.abs(self.data.qvel).mean()
+                  + 1e-5 * np.abs(self.data.qacc).mean())
         time = 0.4 * (3 - self.stage)                                  # paid at every step until the last goal
         reward = (-distance - time, -distance + 200 * touched - 2, -distance - time, -time, -distance)[self.task]
         info = {"success": self.stage == 3, "touched": touched, "stages": self.stage}
@@ -380,10 +374,6 @@ class ReacherTask:
 
     def observe(self) -> np.ndarray:
         return np.concatenate([self.data.qpos, self.data.qvel, np.arange(3) == self.stage], dtype=np.float32)
-
-    def render(self) -> np.ndarray:
-        """The arm seen from the front."""
-        return take_picture(self.model, self.data, "view", self.goal, 0.05)
 
 
 @cache
@@ -422,7 +412,7 @@ class DoorDrawerScene:
         return self.np_random.uniform(*self.start_range)
 
 
-class DoorDrawerTask:
+class DoorDrawerTask(SimulatedTask):
     """One of four tasks at a table with a door and a drawer: open or close one of them, whatever the other is doing.
 
     A Meta-World v3 task, with its control and reward, put into the scene with both objects. The one that is to be
@@ -430,24 +420,25 @@ class DoorDrawerTask:
     Observation (21,): hand [m], finger gap [0, 1], position and rotation of the drawer's and the door's handle, goal.
     Action (4,): displacement of the hand / 1 cm, and the closing of the fingers.
     """
-    horizon, action_size = 500, 4
+    horizon, action_size, camera = 500, 4, "corner3"
 
     def __init__(self, task: int):
         from metaworld import envs
         stock = (envs.SawyerDoorEnvV3, envs.SawyerDoorCloseEnvV3, envs.SawyerDrawerOpenEnvV3,
                  envs.SawyerDrawerCloseEnvV3)[task]
         self.stock, self.is_door = type("InOurScene", (DoorDrawerScene, stock), {})(), task < 2
+        self.model, self.data = self.stock.model, self.stock.data
         self.stock.start_range = np.array([(-0.1, 0.85, 0.15), (0.0, 0.95, 0.15)] if self.is_door else
                                           [(0.3, 0.9, 0.0), (0.4, 0.9, 0.0)])
-        self.stock._set_task_called = True
         self.stock.hand_init_pos = np.array([-0.6 if task == 1 else 0.0, 0.6, 0.2])
+        self.stock._set_task_called = True
 
     def reset(self, rng: np.random.Generator) -> np.ndarray:
         """First observation of an episode."""
         self.stock.np_random = rng
-        mujoco.mj_resetData(self.stock.model, self.stock.data)         # closes both
+        mujoco.mj_resetData(self.model, self.data)                     # closes both
         self.stock.reset_model()
-        mujoco.mj_forward(self.stock.model, self.stock.data)           # or the drawer is seen where it was before
+        mujoco.mj_forward(self.model, self.data)                       # or the drawer is seen where it was before
         return self.observe()
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, dict]:
@@ -455,25 +446,21 @@ class DoorDrawerTask:
         action = np.clip(action, -1.0, 1.0)
         self.stock.set_xyz_action(action[:3])
         self.stock.do_simulation([action[3], -action[3]], self.stock.frame_skip)
-        mujoco.mj_forward(self.stock.model, self.stock.data)
+        mujoco.mj_forward(self.model, self.data)
         obs = self.observe()
         seen = obs.astype(np.float64)
         if self.is_door:                                               # where the stock reward looks for its object
             seen[4:11] = seen[11:18]
         reward, info = self.stock.evaluate_state(seen, action)
-        return obs, float(reward), False, {"success": info["success"]}
+        return obs, reward, False, {"success": info["success"]}
 
     def observe(self) -> np.ndarray:
-        data, door_quat = self.stock.data, np.empty(4)
-        gap = np.linalg.norm(data.body("rightclaw").xpos - data.body("leftclaw").xpos) / 0.1
-        drawer, handle = data.body("drawer_link"), data.geom("handle")
+        body, handle, door_quat = self.data.body, self.data.geom("handle"), np.empty(4)
+        gap = np.linalg.norm(body("rightclaw").xpos - body("leftclaw").xpos) / 0.1
         mujoco.mju_mat2Quat(door_quat, handle.xmat)
-        return np.concatenate([data.body("hand").xpos, [min(gap, 1.0)], drawer.xpos + (0.0, -0.16, 0.0), drawer.xquat,
-                               handle.xpos, np.roll(door_quat, -1), self.stock._target_pos], dtype=np.float32)
-
-    def render(self) -> np.ndarray:
-        """Seen by one of Meta-World's cameras."""
-        return take_picture(self.stock.model, self.stock.data, "corner2", self.stock._target_pos, 0.03)
+        return np.concatenate([body("hand").xpos, [min(gap, 1.0)], body("drawer_link").xpos + (0.0, -0.16, 0.0),
+                               body("drawer_link").xquat, handle.xpos, np.roll(door_quat, -1), self.stock._target_pos],
+                              dtype=np.float32)
 
 
 class TaskEnvs:
@@ -511,27 +498,6 @@ def make_envs(args: Args, rng: np.random.Generator) -> TaskEnvs:
             "reacher": lambda task: ReacherTask(task, args.reacher_model)}[args.env]
     envs = [make(task) for task in args.tasks]
     return TaskEnvs(envs, envs[0].horizon, rng)
-
-
-@cache
-def make_renderer(model: mujoco.MjModel) -> mujoco.Renderer:
-    """MuJoCo's renderer, or the end of the program where there is no OpenGL."""
-    try:
-        return mujoco.Renderer(model, 320, 320)
-    except Exception as error:                                         # each backend raises its own
-        sys.exit(f"pictures need OpenGL ({error}); without a screen set MUJOCO_GL=egl or MUJOCO_GL=osmesa and install "
-                 "it, or leave --capture-video out")
-
-
-def take_picture(model: mujoco.MjModel, data: mujoco.MjData, camera: str, goal, radius: float) -> np.ndarray:
-    """What a camera of the scene sees, with the goal as a green ball: (320, 320, 3) uint8."""
-    renderer = make_renderer(model)
-    renderer.update_scene(data, camera)
-    ball = renderer.scene.geoms[renderer.scene.ngeom]
-    mujoco.mjv_initGeom(ball, mujoco.mjtGeom.mjGEOM_SPHERE, np.full(3, radius), np.asarray(goal), np.eye(3).ravel(),
-                        np.array([0, 0.8, 0, 1], np.float32))
-    renderer.scene.ngeom += 1
-    return renderer.render()
 
 
 def save_animation(path: Path, frames: list[list[np.ndarray]]) -> None:
