@@ -17,22 +17,20 @@ pays. Training is plain SAC on task i's own data, so a bad loan costs samples an
     Divide-and-Conquer baseline                          pairwise_kl, distill
 
 Differences from the paper, each explained in docs/qmp_sac.md:
-1. ReLU instead of tanh units, as in the authors' code.
+1. ReLU instead of tanh units, as in the authors' code; 1M steps by default instead of 12M in the maze.
 2. Exactly --train-every steps per task and round, all tasks in lock-step. The authors' sampler collects whole episodes,
-   tasks in turn: one that is not solved yet, with long episodes, gets about twice the data and updates of a solved one.
+   tasks in turn, so that one that is not solved yet gets about twice the data and updates of a solved one.
 3. The Q-switch scores the sampled actions by min(Q1, Q2), as the paper's text has it; the authors' code scores mean
    actions by Q1 and executes a fresh sample (--switch-action mean --switch-q q1).
 4. Evaluated are each task's own policies; what the authors plot for QMP is the mixture (--eval-mixture).
 5. The shared baselines draw the same number of transitions of each task for a batch, and keep 1e6 of each.
-6. 1M environment steps by default instead of 12M in the maze (--total-timesteps 12_000_000).
-7. The reacher's shoulder motor is twice as strong, as the official one cannot hold the arm (--reacher-model official).
+6. The reacher's shoulder motor is twice as strong, as the official one cannot hold the arm (--reacher-model official).
    Success there means all three stages; `touched`, one goal at any step, is what the authors' code calls success.
-8. qmp-own is ours: the critic picks among samples of the own policy, to tell borrowing from picking.
+7. qmp-own is ours: the critic picks among samples of the own policy, to tell borrowing from picking.
 
     python qmp_sac.py                                     # the ten-task maze, QMP
     python qmp_sac.py --method separated --seed 2         # ten independent learners
     python qmp_sac.py --env reacher --total-timesteps 500_000
-    python qmp_sac.py --env metaworld                     # a door and a drawer on one table
 """
 from __future__ import annotations
 
@@ -651,10 +649,10 @@ def behave(args: Args, agent: SAC, obs: np.ndarray, method: str, explore: bool =
 
 
 def update(args: Args, agent: SAC, optimizers: dict, batch: list[Tensor]) -> dict[str, Tensor]:
-    """One SAC step for every task: critics, policies, temperatures, targets. Returns the losses, (T,) each.
+    """One SAC step for every task: critics, policies, temperatures, targets. Returns losses and alpha, (T,) each.
 
-    Losses are summed over tasks: networks of a task's own get their own gradient, since Adam, too, acts on each number
-    by itself; shared layers get the sum.
+    Losses are summed over tasks: each task's own layers get their own gradient, and one Adam over all is as good as T,
+    since it acts on each number by itself; shared layers get the sum.
     """
     obs, actions, rewards, next_obs, terminations = batch              # (T, B, ...)
     alpha = agent.log_alpha.detach().exp()[:, None]                    # (T, 1), or (1, 1) if all layers are shared
@@ -662,7 +660,8 @@ def update(args: Args, agent: SAC, optimizers: dict, batch: list[Tensor]) -> dic
         next_actions, next_log_prob = squash(*agent.policy(next_obs), torch.randn(actions.shape).to(actions))
         next_value = agent.q(agent.target, next_obs, next_actions).amin(0) - alpha * next_log_prob         # (T, B)
         target = rewards + args.gamma * (1 - terminations) * next_value
-    losses = {"critic": (agent.q(agent.critic, obs, actions) - target).square().mean(-1).sum(0)}           # (T,)
+    losses = {"alpha": alpha[:, 0].expand(len(obs)),                   # (T,) each
+              "critic": (agent.q(agent.critic, obs, actions) - target).square().mean(-1).sum(0)}
     descend_sum(optimizers["critic"], losses["critic"])
 
     pi, log_prob = squash(*agent.policy(obs), torch.randn(actions.shape).to(actions))
@@ -678,7 +677,7 @@ def update(args: Args, agent: SAC, optimizers: dict, batch: list[Tensor]) -> dic
     agent.log_alpha.grad = (entropy + actions.shape[-1]).sum_to_size(len(alpha))       # of log_alpha (entropy + A)
     optimizers["alpha"].step()
     torch._foreach_lerp_(list(agent.target.parameters()), list(agent.critic.parameters()), args.tau)
-    return {name: loss.detach() for name, loss in losses.items()}
+    return {name: loss.detach().cpu() for name, loss in losses.items()}
 
 
 def descend_sum(optimizer: torch.optim.Optimizer, losses: Tensor) -> None:
@@ -762,8 +761,8 @@ def train(args: Args) -> Path:
         torch.set_float32_matmul_precision("medium")
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)                             # starts, replay indices
-    num_tasks, names, envs = len(args.tasks), [TASKS[args.env][task] for task in args.tasks], make_envs(args, rng)
-    obs_size, action_size = envs.obs.shape[1], envs.envs[0].action_size
+    names, envs = [TASKS[args.env][task] for task in args.tasks], make_envs(args, rng)
+    (num_tasks, obs_size), action_size = envs.obs.shape, envs.envs[0].action_size
     agent = make_agent(args, obs_size, action_size)
     nets = {"actor": agent.actor.params, "critic": agent.critic.params, "alpha": [agent.log_alpha]}
     if args.method == "dnc":
@@ -855,13 +854,9 @@ def train(args: Args) -> Path:
         new_round = crossed(global_step - num_tasks, global_step, round_size)
         if new_round and global_step >= first_update:
             owed = updates
-        losses = []
         while owed and not run.stop.is_set():                          # --resume makes up what a stop leaves
-            losses.append(update(args, agent, optimizers, buffer.sample(rng, batch_size)))
+            run.log("losses", update(args, agent, optimizers, buffer.sample(rng, batch_size)))
             owed -= 1
-        if losses:
-            means = {name: torch.stack([loss[name] for loss in losses]).mean(0).cpu() for name in losses[0]}
-            run.log("losses", means | {"alpha": agent.log_alpha.detach().exp().cpu().expand(num_tasks)})
         if new_round:
             run.write(global_step)
         if crossed(global_step - num_tasks, global_step, args.checkpoint_every):
