@@ -36,7 +36,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import itertools
 import json
 import math
 import os
@@ -660,8 +659,7 @@ def update(args: Args, agent: SAC, optimizers: dict, batch: list[Tensor]) -> dic
         next_actions, next_log_prob = squash(*agent.policy(next_obs), torch.randn(actions.shape).to(actions))
         next_value = agent.q(agent.target, next_obs, next_actions).amin(0) - alpha * next_log_prob         # (T, B)
         target = rewards + args.gamma * (1 - terminations) * next_value
-    losses = {"alpha": alpha[:, 0].expand(len(obs)),                   # (T,) each
-              "critic": (agent.q(agent.critic, obs, actions) - target).square().mean(-1).sum(0)}
+    losses = {"critic": (agent.q(agent.critic, obs, actions) - target).square().mean(-1).sum(0)}           # (T,)
     descend_sum(optimizers["critic"], losses["critic"])
 
     pi, log_prob = squash(*agent.policy(obs), torch.randn(actions.shape).to(actions))
@@ -676,7 +674,9 @@ def update(args: Args, agent: SAC, optimizers: dict, batch: list[Tensor]) -> dic
     entropy = -log_prob.detach().mean(-1)                              # of the policies before their step
     agent.log_alpha.grad = (entropy + actions.shape[-1]).sum_to_size(len(alpha))       # of log_alpha (entropy + A)
     optimizers["alpha"].step()
-    torch._foreach_lerp_(list(agent.target.parameters()), list(agent.critic.parameters()), args.tau)
+    losses["alpha"] = agent.log_alpha.exp().expand(len(obs))
+    with torch.no_grad():
+        torch._foreach_lerp_(list(agent.target.parameters()), list(agent.critic.parameters()), args.tau)
     return {name: loss.detach().cpu() for name, loss in losses.items()}
 
 
@@ -689,12 +689,9 @@ def descend_sum(optimizer: torch.optim.Optimizer, losses: Tensor) -> None:
 
 
 def pairwise_kl(mean: Tensor, log_std: Tensor) -> Tensor:
-    """KL(pi_j || pi_i), averaged over states and action dimensions (regulariser of Divide-and-Conquer).
+    """KL(pi_j || pi_i), (T, T), means over states and action dimensions; gradients reach policy i only.
 
-    Args:
-        mean, log_std: all policies in the same states, (T, S, A), before the tanh, which would not change it.
-    Returns:
-        (T, T), entry (i, j). Gradients reach policy i only: policy j is a constant in i's loss.
+    All policies are in the same states, (T, S, A), before the tanh, which would not change the divergence.
     """
     pi_i = Normal(mean[:, None], log_std.exp()[:, None], validate_args=False)
     pi_j = Normal(mean.detach(), log_std.detach().exp(), validate_args=False)
@@ -724,22 +721,21 @@ def distill(args: Args, agent: SAC, optimizer: torch.optim.Optimizer, buffer: Re
 @torch.random.fork_rng(devices=[])                                     # what a mixture draws is not training's
 def evaluate(args: Args, agent: SAC, method: str, stopped=lambda: False, frames: list | None = None,
              paths: list[list] | None = None) -> dict[str, np.ndarray] | None:
-    """The first --eval-episodes episodes of every task, in environments with a generator of their own, mean actions.
+    """--eval-episodes episodes of every task with mean actions, in environments with a generator of their own.
 
     Args:
-        method: whose behaviour; "separated" for each task's own policy.
-        stopped: asked at every step; where it says so, there is no result.
-        frames: takes the pictures of all tasks, every fourth step, until each has ended its first episode.
+        method: whose rule is followed; "separated" for each task's own policy.
+        frames: takes pictures of all tasks, every fourth step of their first episodes.
         paths: a list per task, which takes the observations of its first episode.
     Returns:
-        return, success and what else the tasks report, (T, episodes) each.
+        return, success and what else the tasks report, (T, episodes) each; None as soon as `stopped` says so.
     """
     torch.manual_seed(args.seed)
     envs, episodes = make_envs(args, np.random.default_rng([args.seed, 1])), [[] for _ in args.tasks]
-    for t in itertools.count():
+    while min(map(len, episodes)) < args.eval_episodes:
         if stopped():
             return None
-        if frames is not None and t % 4 == 0 and not all(episodes):
+        if frames is not None and not all(episodes) and envs.episodes[0]["episodic_length"] % 4 == 0:
             frames.append([env.render() for env in envs.envs])
         next_obs, _, _, ended = envs.step(behave(args, agent, envs.obs, method, explore=False)[0])
         for i, path in enumerate(paths or ()):
@@ -747,11 +743,9 @@ def evaluate(args: Args, agent: SAC, method: str, stopped=lambda: False, frames:
                 path.append(next_obs[i])
         for task, episode in ended.items():
             episodes[task].append(episode)
-        if min(map(len, episodes)) >= args.eval_episodes:
-            break
-    rows = [row[:args.eval_episodes] for row in episodes]
-    return {kind.removeprefix("episodic_"): np.array([[episode[kind] for episode in row] for row in rows])
-            for kind in rows[0][0] if kind != "episodic_length"}
+    return {key.removeprefix("episodic_"): np.array([[episode[key] for episode in row[:args.eval_episodes]]
+                                                     for row in episodes])
+            for key in episodes[0][0] if key != "episodic_length"}
 
 
 def train(args: Args) -> Path:
@@ -764,10 +758,9 @@ def train(args: Args) -> Path:
     names, envs = [TASKS[args.env][task] for task in args.tasks], make_envs(args, rng)
     (num_tasks, obs_size), action_size = envs.obs.shape, envs.envs[0].action_size
     agent = make_agent(args, obs_size, action_size)
-    nets = {"actor": agent.actor.params, "critic": agent.critic.params, "alpha": [agent.log_alpha]}
-    if args.method == "dnc":
-        nets["centroid"] = agent.centroid
-    optimizers = {name: torch.optim.Adam(params, args.lr, fused=True) for name, params in nets.items()}
+    optimizers = {name: torch.optim.Adam(net.parameters(), args.lr, fused=True)
+                  for name, net in agent.named_children() if name != "target"}         # with dnc, of "centroid", too
+    optimizers["alpha"] = torch.optim.Adam([agent.log_alpha], args.lr, fused=True)
     if args.capture_video:
         envs.envs[0].render()                                          # ends here, not hours later, without OpenGL
 
@@ -816,13 +809,12 @@ def train(args: Args) -> Path:
             buffer=buffer.data[:, :len(buffer)].clone(), rng=json.dumps(rng.bit_generator.state),
             torch_rng=torch.get_rng_state()))
 
-    if not args.resume:
-        save()                                                         # from here on a killed run can be resumed
+    save()                                                             # from here on a killed run can be resumed
     while True:
         # Evaluate: first, so that a run that was stopped during an evaluation makes it up ---------------------
         if run.due(global_step):
-            paths, last = [[] for _ in names], global_step >= args.total_timesteps
-            frames = [] if args.capture_video and last else None
+            frames = [] if args.capture_video and global_step >= args.total_timesteps else None
+            paths = [[] for _ in names]
             result = evaluate(args, agent, "separated", run.stop.is_set, frames, paths)
             mixed = evaluate(args, agent, args.method, run.stop.is_set) if args.eval_mixture else {}
             if result is not None and mixed is not None:
@@ -947,7 +939,7 @@ class Run:
         """`family` begins the folder's name; `names` are the tasks'; `state` is the checkpoint to go on from, or {}."""
         self.args, self.names, self.pending, self.rows = args, names, defaultdict(list), state.get("rows", [])
         self.started, first_step = time.time() - state.get("seconds", 0.0), state.get("global_step", 0)
-        if first_step >= args.total_timesteps:
+        if self.rows and self.rows[-1]["global_step"] >= args.total_timesteps:         # evaluated at its end, too
             sys.exit(f"{args.resume} has {first_step:,} steps already; give a larger --total-timesteps")
         stem = f"{family}__{Path(__file__).stem}__{args.method}__s{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.dir = args.resume or args.runs_dir / stem
