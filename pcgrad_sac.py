@@ -11,8 +11,8 @@ Yu, Kumar, Gupta, Levine, Hausman, Finn: "Multi-Task Reinforcement Learning with
 the same method as "Gradient Surgery for Multi-Task Learning", 2020, arXiv:2001.06782. One network serves all tasks.
 Where the gradients of two tasks oppose each other, each is projected onto the normal plane of the other beforehand.
 
-    projection (Algorithm 1)                             project_conflicts
-    each task's gradient, their mean after projection    descend
+    gradient of each task                                task_gradients
+    projection (Algorithm 1), mean over tasks            project_conflicts, descend
     soft policy evaluation and improvement               update
 
 Differences from the paper, each explained in docs/pcgrad_sac.md:
@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import itertools
 import json
 import math
 import os
@@ -161,10 +160,7 @@ class Args:
 # ---------------------------------------------------------------------------------------------------------------------
 # Environments
 # ---------------------------------------------------------------------------------------------------------------------
-@cache
-def metaworld_benchmark(name: str, seed: int) -> metaworld.Benchmark:
-    """A task's class, and the fifty pairs of a goal and a start that a seed gives it."""
-    return metaworld.MT1(f"{name}-v3", seed=seed)
+metaworld_benchmark = cache(metaworld.MT1)     # a task's class, and the fifty pairs of goal and start of a seed
 
 
 class MetaWorldTask:
@@ -175,7 +171,7 @@ class MetaWorldTask:
     """
 
     def __init__(self, name: str, one_hot: np.ndarray, seed: int, num_goals: int):
-        benchmark = metaworld_benchmark(name, seed)
+        benchmark = metaworld_benchmark(f"{name}-v3", seed=seed)
         self.env = benchmark.train_classes[f"{name}-v3"](render_mode="rgb_array", camera_name="corner2")
         self.goals, self.queue, self.one_hot = benchmark.train_tasks[:num_goals], [], one_hot
 
@@ -189,6 +185,14 @@ class MetaWorldTask:
         """Observation, reward, termination, and whether this step succeeds."""
         obs, reward, _, _, info = self.env.step(np.clip(action, -1.0, 1.0))
         return np.concatenate([obs, self.one_hot], dtype=np.float32), reward, False, {"success": info["success"]}
+
+    def render(self) -> np.ndarray:
+        """What a camera sees, (480, 480, 3) uint8."""
+        try:
+            return self.env.render()[::-1, ::-1]                       # Meta-World's camera hangs upside down
+        except Exception as error:                                     # each backend of OpenGL raises its own
+            sys.exit(f"pictures need OpenGL ({error}); without a screen set MUJOCO_GL=egl or MUJOCO_GL=osmesa and "
+                     "install it, or leave --capture-video out")
 
 
 class TaskEnvs:
@@ -365,44 +369,74 @@ def project_conflicts(task_grads: Tensor, visit_order: np.ndarray) -> Tensor:
     return projected
 
 
-def descend(args: Args, optimizer: torch.optim.Optimizer, net: TaskMLP, loss_of, rng: np.random.Generator,
-            watch: bool) -> dict:
-    """Descend the mean of the tasks' losses, after surgery on what the tasks share if the method is pcgrad.
+def task_gradients(net: TaskMLP, loss_of) -> tuple[list[Tensor], Tensor]:
+    """Each task's gradient by itself, as if every task had a network of its own.
 
     Args:
         loss_of: the network's parameters -> losses of the tasks, (T,).
-        watch: also measure the tasks' conflicts, as `conflict_summary` does; else {} comes back.
+    Returns:
+        For each parameter, (C * T, in, out); and, of what the tasks share, one vector per task, (T, P).
     """
-    (copies, num_tasks), params = net.stack, list(net.params)
+    copies, num_tasks = net.stack
+    own = [param.detach().repeat_interleave(copies * num_tasks // len(param), dim=0).requires_grad_()
+           for param in net.params]
+    grads = torch.autograd.grad(loss_of(own).sum(), own)
+    shared = [grad for grad, param in zip(grads, net.params) if len(param) == copies]
+    return grads, torch.cat([grad.unflatten(0, net.stack).transpose(0, 1).flatten(1) for grad in shared], dim=1)
+
+
+def conflict_summary(network: str, task_grads: Tensor) -> dict[str, Tensor]:
+    """How the tasks' gradients, (T, P), stand to each other.
+
+    Returns:
+        The cosines of all pairs, (T, T); over pairs of two tasks their mean, the mean of their absolute values, and the
+        share of conflicts, those below 0.
+    """
+    unit = nn.functional.normalize(task_grads, dim=1)
+    cosines = (unit @ unit.T).cpu()
+    pairs = cosines[~torch.eye(len(cosines), dtype=bool)]
+    return {f"{network}_cosines": cosines, f"{network}_cosine": pairs.mean(),
+            f"{network}_abs_cosine": pairs.abs().mean(), f"{network}_conflicts": (pairs < 0).float().mean()}
+
+
+def descend(args: Args, agent: SAC, optimizers: dict, network: str, loss_of, rng: np.random.Generator, watch: bool
+            ) -> dict[str, Tensor]:
+    """Descend the mean of the tasks' losses with "critic" or "actor"; if the method is pcgrad, after surgery.
+
+    Returns:
+        If `watch`, what `conflict_summary` says, and the length of the update relative to that without surgery.
+    """
+    net, params, summary = getattr(agent, network), list(getattr(agent, network).params), {}
     if args.method == "pcgrad" or watch:
-        shared = [i for i, param in enumerate(params) if len(param) == copies]
-        own = [param.detach().repeat_interleave(copies * num_tasks // len(param), dim=0) for param in params]
-        losses = loss_of([param.requires_grad_() for param in own])    # with a copy of shared layers for each task
-        by_task = torch.autograd.grad(losses.sum(), own)               # (C * T, in, out) each
-        task_grads = torch.cat([by_task[i].unflatten(0, net.stack).transpose(0, 1).flatten(1) for i in shared], dim=1)
+        by_task, task_grads = task_gradients(net, loss_of)
+        num_tasks, projected = len(task_grads), task_grads
     if args.method == "pcgrad":
         projected = project_conflicts(task_grads, draw_visit_order(num_tasks, None if args.fixed_order else rng))
+        shared = [i for i, param in enumerate(params) if len(param) == net.stack[0]]
         grads = [grad / num_tasks for grad in by_task]                 # right for heads; shared layers follow
         for i, part in zip(shared, projected.mean(0).split([params[i].numel() for i in shared])):
             grads[i] = part.view_as(params[i])
     else:
-        projected, grads = task_grads if watch else None, torch.autograd.grad(loss_of(params).mean(), params)
+        grads = torch.autograd.grad(loss_of(params).mean(), params)
+    if watch:
+        summary = conflict_summary(network, task_grads)
+        summary[f"{network}_norm_ratio"] = (projected.sum(0).norm() / task_grads.sum(0).norm()).cpu()
     for param, grad in zip(params, grads):
         param.grad = grad
     nn.utils.clip_grad_norm_(params, args.max_grad_norm)
-    optimizer.step()
-    return conflict_summary(task_grads, projected) if watch else {}
+    optimizers[network].step()
+    return summary
 
 
 def update(args: Args, agent: SAC, optimizers: dict, batch: list[Tensor], rng: np.random.Generator, watch: bool = False
-           ) -> tuple[dict[str, Tensor], dict[str, dict]]:
+           ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """One SAC step on the mean of the tasks' losses: critics, policy, temperatures, targets.
 
     Returns:
-        Losses, (T,) each; what `conflict_summary` says of "critic" and "actor".
+        Losses and temperatures, (T,) each; if `watch`, what `descend` says of both networks.
     """
     obs, actions, rewards, next_obs, terminations = batch              # (T, B, ...)
-    alpha, losses, conflicts = agent.log_alpha.detach().exp()[:, None], {}, {}
+    alpha, losses = agent.log_alpha.detach().exp()[:, None], {}
     with torch.no_grad():
         next_actions, next_log_prob = squash(*agent.policy(next_obs), torch.randn(actions.shape).to(actions))
         next_value = agent.q(agent.target, next_obs, next_actions).amin(0) - alpha * next_log_prob              # (T, B)
@@ -411,7 +445,7 @@ def update(args: Args, agent: SAC, optimizers: dict, batch: list[Tensor], rng: n
     def critic_loss(params) -> Tensor:
         losses["critic"] = (agent.q(agent.critic, obs, actions, params) - target).square().mean(-1).sum(0)      # (T,)
         return losses["critic"]
-    conflicts["critic"] = descend(args, optimizers["critic"], agent.critic, critic_loss, rng, watch)
+    conflicts = descend(args, agent, optimizers, "critic", critic_loss, rng, watch)
 
     noise = torch.randn(actions.shape).to(actions)                     # of the CPU's generator, whatever the device
 
@@ -419,56 +453,39 @@ def update(args: Args, agent: SAC, optimizers: dict, batch: list[Tensor], rng: n
         pi, losses["log_prob"] = squash(*agent.policy(obs, params), noise)
         losses["actor"] = (alpha * losses["log_prob"] - agent.q(agent.critic, obs, pi).amin(0)).mean(-1)        # (T,)
         return losses["actor"]
-    conflicts["actor"] = descend(args, optimizers["actor"], agent.actor, actor_loss, rng, watch)
+    conflicts |= descend(args, agent, optimizers, "actor", actor_loss, rng, watch)
 
     entropy = -losses.pop("log_prob").detach().mean(-1)                # of the policy before its step
     agent.log_alpha.grad = entropy + actions.shape[-1]                 # of log_alpha (entropy - target), target -A
     optimizers["alpha"].step()
-    torch._foreach_lerp_(list(agent.target.parameters()), list(agent.critic.parameters()), args.tau)
-    return {name: loss.detach() for name, loss in losses.items()}, conflicts
-
-
-def conflict_summary(task_grads: Tensor, projected: Tensor) -> dict[str, Tensor]:
-    """How the tasks' gradients, (T, P), stand to each other before surgery, and what surgery did.
-
-    Returns:
-        cosines of each pair, (T, T); over pairs cosine, mean, abs_cosine, mean absolute value, and conflicts, the share
-        below 0; norm_ratio, length of the update relative to that without surgery.
-    """
-    unit = nn.functional.normalize(task_grads, dim=1)
-    cosines = (unit @ unit.T).cpu()
-    pairs = cosines[~torch.eye(len(cosines), dtype=bool)]
-    return {"cosines": cosines, "cosine": pairs.mean(), "abs_cosine": pairs.abs().mean(),
-            "conflicts": (pairs < 0).float().mean(),
-            "norm_ratio": (projected.sum(0).norm() / task_grads.sum(0).norm()).cpu()}
+    losses["alpha"] = agent.log_alpha.exp()
+    with torch.no_grad():
+        torch._foreach_lerp_(list(agent.target.parameters()), list(agent.critic.parameters()), args.tau)
+    return {name: loss.detach().cpu() for name, loss in losses.items()}, conflicts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
 def evaluate(args: Args, act, stopped=lambda: False, frames: list | None = None) -> dict[str, np.ndarray] | None:
-    """The first --eval-episodes episodes of every task, in environments with a generator of their own.
+    """--eval-episodes episodes of every task, in environments with a generator of their own.
 
     Args:
         act: observations (T, O) -> actions (T, A).
-        stopped: asked at every step; where it says so, there is no result.
-        frames: takes the pictures of all tasks, every fourth step, until each has ended its first episode.
+        frames: takes pictures of all tasks, every fourth step of their first episodes.
     Returns:
-        return and success, (T, episodes) each.
+        return and success, (T, episodes) each; None as soon as `stopped` says so.
     """
     envs, episodes = make_envs(args, np.random.default_rng([args.seed, 1])), [[] for _ in args.tasks]
-    for t in itertools.count():
+    while min(map(len, episodes)) < args.eval_episodes:
         if stopped():
             return None
-        if frames is not None and t % 4 == 0 and not all(episodes):
+        if frames is not None and not all(episodes) and envs.episodes[0]["episodic_length"] % 4 == 0:
             frames.append([env.render() for env in envs.envs])
         for task, episode in envs.step(act(envs.obs))[-1].items():
             episodes[task].append(episode)
-        if min(map(len, episodes)) >= args.eval_episodes:
-            break
-    rows = [row[:args.eval_episodes] for row in episodes]
-    return {"return": np.array([[episode["episodic_return"] for episode in row] for row in rows]),
-            "success": np.array([[episode["success"] for episode in row] for row in rows])}
+    return {kind: np.array([[episode[key] for episode in row[:args.eval_episodes]] for row in episodes])
+            for kind, key in (("return", "episodic_return"), ("success", "success"))}
 
 
 def train(args: Args) -> Path:
@@ -480,6 +497,8 @@ def train(args: Args) -> Path:
     rng = np.random.default_rng(args.seed)                             # starts, replay indices, random actions, orders
     num_tasks, envs = len(args.tasks), make_envs(args, rng)
     obs_size, action_size = envs.obs.shape[1], 4
+    if args.capture_video:
+        envs.envs[0].render()                                          # ends here, not hours later, without OpenGL
     agent = make_agent(args, obs_size, action_size)
     optimizers = {"actor": torch.optim.Adam(agent.actor.parameters(), args.lr, fused=True),
                   "critic": torch.optim.Adam(agent.critic.parameters(), args.critic_lr, fused=True),
@@ -488,7 +507,7 @@ def train(args: Args) -> Path:
     @torch.no_grad()
     def act(obs: np.ndarray, explore: bool = False) -> np.ndarray:
         mean, log_std = agent.policy(torch.from_numpy(obs).to(args.device)[:, None])        # (T, 1, A)
-        noise = torch.randn(mean.shape).to(mean) * explore
+        noise = torch.randn(mean.shape).to(mean) if explore else torch.zeros_like(mean)
         return squash(mean, log_std, noise)[0].squeeze(1).cpu().numpy()
 
     state = load_checkpoint(args.resume or args.evaluate) if args.resume or args.evaluate else {}
@@ -502,11 +521,12 @@ def train(args: Args) -> Path:
         return args.evaluate
     buffer = ReplayBuffer(num_tasks, min(args.buffer_size, -(-args.total_timesteps // num_tasks)), obs_size,
                           action_size, args.device)
-    run, global_step, history, watched = Run(args, args.env, args.tasks, state), 0, [], defaultdict(list)
+    run, global_step, history, watched = Run(args, args.env, args.tasks, state), 0, [], {}
     if args.resume:
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
-        global_step, history, buffer.num_added = state["global_step"], state["history"], state["num_added"]
+        global_step, history, watched = state["global_step"], state["history"], state["watched"]
+        buffer.num_added = state["num_added"]
         buffer.data[:, :len(buffer)] = state["buffer"].to(args.device)
         rng.bit_generator.state = json.loads(state["rng"])
         torch.set_rng_state(state["torch_rng"])
@@ -517,21 +537,21 @@ def train(args: Args) -> Path:
         """Everything that the next step reads."""
         run.save(global_step, dict(
             agent=agent.state_dict(), optimizers={name: opt.state_dict() for name, opt in optimizers.items()},
-            history=history, num_added=buffer.num_added, buffer=buffer.data[:, :len(buffer)].clone(),
+            history=history, watched=watched, num_added=buffer.num_added, buffer=buffer.data[:, :len(buffer)].clone(),
             rng=json.dumps(rng.bit_generator.state), torch_rng=torch.get_rng_state()))
 
-    if not args.resume:
-        save()                                                         # from here on a killed run can be resumed
+    save()                                                             # from here on a killed run can be resumed
     while True:
         # Evaluate: first, so that a run that was stopped during an evaluation makes it up ---------------------
         if run.due(global_step):
             frames = [] if args.capture_video and global_step >= args.total_timesteps else None
             result = evaluate(args, act, run.stop.is_set, frames)
             if result is not None:
-                means = {key: torch.stack(values).mean(0) for key, values in watched.items()}
-                history.append((global_step, {key: means.pop(key) for key in list(means) if key.endswith("cosines")}))
-                watched.clear()
-                run.log_evaluation(global_step, result, means)
+                count = watched.pop("count", 1)
+                means = {key: total / count for key, total in watched.items()}
+                run.log_evaluation(global_step, result, {key: mean for key, mean in means.items() if mean.ndim == 0})
+                history.append((global_step, means))
+                watched = {}
         if global_step >= args.total_timesteps or run.stop.is_set():
             break
 
@@ -547,12 +567,11 @@ def train(args: Args) -> Path:
 
         # Update: all tasks' gradients, projected, averaged ----------------------------------------------------
         if not filling and buffer.num_added % args.update_every == 0:
-            watch = buffer.num_added // args.update_every % args.watch_every == 0
+            watch = num_tasks > 1 and buffer.num_added // args.update_every % args.watch_every == 0
             losses, conflicts = update(args, agent, optimizers, buffer.sample(rng, args.batch_size), rng, watch)
-            run.log("losses", losses | {"alpha": agent.log_alpha.detach().exp()})
-            for network, summary in conflicts.items():
-                for key, value in summary.items():
-                    watched[f"{network}_{key}"].append(value)
+            run.log("losses", losses)
+            if watch:                                                  # sums since the last evaluation
+                watched = {key: watched.get(key, 0) + value for key, value in (conflicts | {"count": 1}).items()}
 
         if crossed(global_step - num_tasks, global_step, LOG_EVERY):
             run.write(global_step)
@@ -573,17 +592,17 @@ def train(args: Args) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 def plot_conflicts(folder: Path, names: list[str], history: list) -> None:
     """conflicts.png: cosines between the tasks' gradients, four times over training."""
-    known = [(step, matrices) for step, matrices in history if matrices]
+    known = [(step, means) for step, means in history if means]
     if not known:
         return
     figure = Figure(figsize=(14, 6), layout="constrained")
     axes = figure.subplots(2, 4)
     for row, network in zip(axes, ("critic", "actor")):
-        for axis, (step, matrices) in zip(row, [known[round(i * (len(known) - 1) / 3)] for i in range(4)]):
-            image = axis.imshow(matrices[f"{network}_cosines"], vmin=-1, vmax=1, cmap="RdBu_r")
+        for axis, (step, means) in zip(row, [known[round(i * (len(known) - 1) / 3)] for i in range(4)]):
+            image = axis.imshow(means[f"{network}_cosines"].numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
             axis.set(xticks=[], title=f"{network}, {step:,} steps")
             axis.set_yticks(range(len(names)), names if axis is row[0] else [""] * len(names), fontsize=7)
-            for (i, j), value in np.ndenumerate(matrices[f"{network}_cosines"]) if len(names) <= 10 else ():
+            for (i, j), value in np.ndenumerate(means[f"{network}_cosines"]) if len(names) <= 10 else ():
                 axis.text(j, i, f"{value:.2f}" if i != j else "", ha="center", va="center", fontsize=7)
     figure.colorbar(image, ax=axes, label="cosine between gradients of two tasks")
     figure.savefig(folder / "conflicts.png", dpi=120)
@@ -604,7 +623,7 @@ class Run:
         """`family` begins the folder's name; `names` are the tasks'; `state` is the checkpoint to go on from, or {}."""
         self.args, self.names, self.pending, self.rows = args, names, defaultdict(list), state.get("rows", [])
         self.started, first_step = time.time() - state.get("seconds", 0.0), state.get("global_step", 0)
-        if first_step >= args.total_timesteps:
+        if self.rows and self.rows[-1]["global_step"] >= args.total_timesteps:         # evaluated at its end, too
             sys.exit(f"{args.resume} has {first_step:,} steps already; give a larger --total-timesteps")
         stem = f"{family}__{Path(__file__).stem}__{args.method}__s{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.dir = args.resume or args.runs_dir / stem
