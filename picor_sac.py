@@ -1,8 +1,9 @@
 # /// script
-# requires-python = ">=3.11"
+# requires-python = ">=3.11,<3.14"
 # dependencies = [
-#   "torch==2.13.0", "numpy==2.4.6", "gymnasium[box2d,mujoco]==1.4.0", "mujoco==3.3.0", "tyro==1.0.17",
-#   "tensorboard==2.21.0", "tqdm==4.70.1", "matplotlib==3.11.2", "pillow==13.0.0", "metaworld==3.1.1",
+#   "torch==2.13.0", "numpy==2.4.6", "gymnasium[mujoco]==1.4.0", "mujoco==3.3.0", "metaworld==3.1.1", "tyro==1.0.17",
+#   "pydantic==2.14.4", "filelock==4.3.1", "imageio==2.38.1", "tensorboard==2.21.0", "tqdm==4.70.1",
+#   "matplotlib==3.11.2",
 # ]
 # ///
 """Policy correction (PiCor): improve one task, then correct the policy so that the others lose nothing.
@@ -12,55 +13,63 @@ policy serves all tasks, which are trained one at a time, in blocks of K steps. 
 task. Then the weighted advantage of the new policy over the old one is estimated on states of all tasks; where it is
 negative, a few steps raise it, close to what SAC has just found. Tasks that are still unsettled weigh more.
 
+    blocks of K steps                                    draw_schedule
+    phase 1, SAC on the active task, Eq. 6 and 7         update
     w = softmax(alpha / tau), Eq. 9                      task_weights
-    A(s, pi) of the new policy over the old              soft_advantage
     max(0, c (1 - gamma) - sum_z w_z A_z), Eq. 10        hinge
-    D_KL(pi || pi') + lambda / 2 hinge^2, Eq. 10         correction_loss, correct
-    phase 1, SAC on the active task, Eq. 6 and 7         critic_phase, policy_phase, temperature_phase
+    phase 2, D_KL(pi || pi') + lambda / 2 hinge^2        correct
+    the other rows of Table 1: G-Surgery                 descend, project_conflicts
+        Soft Modularization; KTM-DRL                     SoftModules; load_teachers, and the first loop of train
 
 Differences from the paper, each explained in docs/picor_sac.md:
 1. What the paper leaves open is decided as follows: soft advantages on both sides with common random numbers, in units
    of the spread of Q; the KL before the tanh; an optimizer of its own and up to five steps for the correction.
 2. The critic learns from all tasks at every update (--critic-batch active for the paper's text): with the active task
    alone it forgets the others, and the correction trusts it.
-3. Meta-World v3 with reward v2; HalfCheetah-v5.
+3. Meta-World v3 with reward v2; HalfCheetah-v5. All rows have one update per environment step; KTM is built on SAC.
 
     python picor_sac.py                                   # four goals for a point mass: minutes
     python picor_sac.py --no-correction                   # the same blocks without
-    python picor_sac.py --env halfcheetah --total-timesteps 200_000
-    python picor_sac.py --env mt10 --total-timesteps 5_000_000
+    python picor_sac.py --env halfcheetah --method soft-modules
+    python picor_sac.py --method independent              # teachers for: --method ktm --teachers runs/...
 """
 from __future__ import annotations
 
 import copy
+import csv
+import itertools
 import json
 import math
 import os
-import random
-import re
-import shutil
+import shlex
 import signal
 import sys
+import threading
 import time
 from collections import defaultdict
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import cache, partial
-from importlib.metadata import version
+from dataclasses import asdict
+from datetime import datetime
+from functools import cache
+from importlib.metadata import distributions
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import gymnasium as gym
+import imageio.v2 as imageio
+import metaworld
 import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
 import tyro
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from filelock import FileLock, Timeout
+from gymnasium.envs.mujoco.half_cheetah_v5 import HalfCheetahEnv
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
-from PIL import Image, ImageDraw
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor
+from torch.distributions import Normal, kl_divergence
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -68,16 +77,14 @@ from tqdm import tqdm
 # Settings
 # ---------------------------------------------------------------------------------------------------------------------
 GOALS = {"north-east": (1.0, 1.0), "south-west": (-1.0, -1.0), "south-east": (1.0, -1.0), "north-west": (-1.0, 1.0)}
-PARTS = {"Torso": ("torso",), "Head": ("head",), "Thigh": ("bthigh", "fthigh"), "Leg": ("bshin", "fshin"),
-         "Foot": ("bfoot", "ffoot")}
+PARTS = {"Torso": ["torso"], "Head": ["head"], "Thigh": ["bthigh", "fthigh"], "Leg": ["bshin", "fshin"],
+         "Foot": ["bfoot", "ffoot"]}
 FACTORS = {"Small": 0.75, "Big": 1.25}
-FAMILIES = {
-    "goals": tuple(GOALS),
-    "halfcheetah": tuple(size + part for part in ("Foot", "Leg", "Thigh", "Torso") for size in FACTORS),
-    "mt4": ("reach", "drawer-close", "button-press-topdown", "window-close"),
-    "mt10": ("reach", "push", "pick-place", "door-open", "drawer-open", "drawer-close", "button-press-topdown",
-             "peg-insert-side", "window-open", "window-close"),
-}
+FAMILIES = {"goals": tuple(GOALS),
+            "halfcheetah": tuple(size + part for part in ("Foot", "Leg", "Thigh", "Torso") for size in FACTORS),
+            "mt4": ("reach", "drawer-close", "button-press-topdown", "window-close"),
+            "mt10": tuple(name.removesuffix("-v3") for name in metaworld.env_dict.MT10_V3)}
+ACTION_SIZES = {"goals": 2, "halfcheetah": 6, "mt4": 4, "mt10": 4}
 PRESETS = {  # a setting left at None takes its value from here
     "goals": dict(horizon=50, block_steps=500, hidden_sizes=(64, 64), batch_size=64, learning_starts=500, lr=1e-3,
                   total_timesteps=12_000, eval_every=1_000, checkpoint_every=2_000, eval_episodes=10),
@@ -87,145 +94,179 @@ PRESETS = {  # a setting left at None takes its value from here
     "mt4": dict(horizon=200, block_steps=200, hidden_sizes=(256, 256), batch_size=256, learning_starts=1_000, lr=3e-4,
                 total_timesteps=200_000, eval_every=20_000, checkpoint_every=20_000, eval_episodes=1),
     "mt10": dict(horizon=500, block_steps=500, hidden_sizes=(512, 512), batch_size=256, learning_starts=5_000, lr=3e-4,
-                 total_timesteps=5_000_000, eval_every=100_000, checkpoint_every=100_000, eval_episodes=1),
-}
+                 total_timesteps=5_000_000, eval_every=100_000, checkpoint_every=100_000, eval_episodes=1)}
+# The same for what has an effect in some runs only, and is refused in others.
+PICOR = dict(no_correction=False, no_adaptive_weights=False, critic_batch="all")
+CORRECTION = dict(correction_steps=5, correction_states=32, recent=0, c=-0.1, penalty=10.0, no_adv_norm=False,
+                  hard_advantage=False, alpha_all=False)
+WEIGHTS = dict(weight_tau=0.1, weight_warmup=500)
+KTM, MT = dict(teachers=None, offline_updates=None), dict(num_goals=1)
+ONE_TASK = ("picor", "independent", "ktm")                    # methods whose policy learns from the active task only
+STEPS = "environment steps, summed over tasks"
 LOG_EVERY = 1_000                                             # environment steps between writes to TensorBoard
+FIXED = {"env", "method", "tasks", "seed", "hidden_sizes", "num_goals", "block_steps", "task_order", "learning_starts",
+         "offline_updates"}                                   # of a run that goes on
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]                 # --no-correction, without --no-no-correction
 
 
 @dataclass
 class Args:
     env: Literal["goals", "halfcheetah", "mt4", "mt10"] = "goals"
     """four goals for a point mass; eight half-cheetahs with other body parts; four or ten tasks of Meta-World"""
-    method: Literal["picor", "mtsac", "mtmhsac", "independent"] = "picor"
-    """policy correction; SAC on all tasks, told the task by a one-hot; the same with a head per task; a SAC per task"""
-    tasks: tuple[str, ...] | None = None
-    """a subset of the family's tasks; None takes all of them"""
-    seed: int = 1
-    """seeds every generator: networks, environments, replay, exploration, blocks"""
-    total_timesteps: int | None = None
-    """environment steps, summed over tasks; None: the preset of --env"""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """where the networks live; auto takes cuda if present, else cpu"""
-    eval_every: int | None = None
-    """environment steps between evaluations; None: the preset of --env"""
-    eval_episodes: int | None = None
+    method: Literal["picor", "mtsac", "mtmhsac", "independent", "g-surgery", "soft-modules", "ktm"] = "picor"
+    """policy correction; SAC on batches of all tasks, told the task by a one-hot; the same with a head per task; a SAC
+    per task; mtsac with gradient surgery; with modules that a routing network mixes; with a teacher per task"""
+    tasks: tuple[str, ...] = ()
+    """a subset of the family's tasks; none takes all of them"""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
+    """seeds every generator"""
+    total_timesteps: Positive | None = None
+    """environment steps, summed over tasks"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """where the networks live"""
+    threads: Positive = 1
+    """CPU threads of PyTorch: networks this small gain little from more"""
+    eval_every: Positive | None = None
+    """environment steps between evaluations"""
+    eval_episodes: Positive | None = None
     """episodes per task and evaluation: deterministic policy, separate environments, own generators"""
-    checkpoint_every: int | None = None
+    checkpoint_every: Positive | None = None
     """environment steps between checkpoints; one is always written at the end and on Ctrl-C or SIGTERM"""
     runs_dir: Path = Path("runs")
     """where run folders go"""
     resume: Path | None = None
-    """run folder to go on from, to the same or a larger --total-timesteps"""
+    """run folder to go on from, with its settings; a larger --total-timesteps, for instance, on top"""
     evaluate: Path | None = None
-    """run folder to load and evaluate; trains nothing and writes nothing but pictures asked for"""
+    """run folder to load and evaluate; trains nothing"""
     capture_video: bool = False
-    """after training or with --evaluate: one animated picture of all tasks side by side"""
+    """after training or with --evaluate: an animated picture of each task"""
 
-    correction: bool = True
-    """phase 2 of picor, the paper's "Cor"; --no-correction leaves SAC in blocks of one task"""
-    adaptive_weights: bool = True
-    """weights from the temperatures, the paper's "Ada"; --no-adaptive-weights makes them 1 / N. Without correction they
-    scale the loss of the active task's policy"""
-    block_steps: int | None = None
-    """environment steps of a task before the next one's turn, paper: K; None: the preset of --env"""
-    task_order: Literal["random", "cycle"] = "random"
-    """how the task of a block is drawn"""
-    critic_batch: Literal["all", "active"] = "all"
-    """tasks that picor's critic learns from at each update"""
-    critic_heads: bool = False
-    """an output of the critics per task; with --critic-batch all"""
-    mtsac_batch: Literal["mixed", "active"] = "mixed"
-    """mtsac: batches of all tasks, or of the active one, which the paper's ablation means"""
-    correction_steps: int = 5
-    """most steps of a correction; it ends as soon as the hinge is 0"""
-    correction_states: int = 32
-    """states per task on which advantages are estimated"""
-    recent: int = 0
-    """draw these states from the task's last so many transitions; 0 draws from all"""
-    c: float = -0.1
-    """how much discounted return may be lost per update [spread of Q, or reward with --no-adv-norm], paper: c < 0"""
-    penalty: float = 10.0
-    """weight of half the squared hinge, paper: lambda"""
-    weight_tau: float = 0.1
-    """temperature of the weights' softmax [entropy temperatures], paper: tau"""
-    weight_warmup: int = 500
-    """updates that every task must have had before the weights leave 1 / N"""
-    adv_norm: bool = True
-    """measure each task's advantage in standard deviations of Q over actions, so that c suits all tasks"""
-    hard_advantage: bool = False
+    no_correction: Switch = False
+    """picor without phase 2, the paper's "Cor": SAC in blocks of one task"""
+    no_adaptive_weights: Switch = False
+    """picor with weights 1 / N, without the paper's "Ada", which takes them from the temperatures. Without correction,
+    they scale the loss of the active task's policy"""
+    critic_batch: Literal["all", "active"] | None = None
+    """tasks that picor's critic learns from at each update (all)"""
+    correction_steps: Positive | None = None
+    """most steps of a correction; it ends as soon as the hinge is 0 (5)"""
+    correction_states: Positive | None = None
+    """states per task on which advantages are estimated (32)"""
+    recent: Annotated[int, Field(ge=0)] | None = None
+    """draw these states from the task's last so many transitions; 0 draws from all (0)"""
+    c: Annotated[float, Field(le=0)] | None = None
+    """how much discounted return may be lost per update [spread of Q, or reward with --no-adv-norm] (-0.1)"""
+    penalty: NonNegative | None = None
+    """weight of half the squared hinge, paper: lambda (10)"""
+    no_adv_norm: Switch = False
+    """take advantages as they are, not in standard deviations of Q over actions, in which one c suits all tasks"""
+    hard_advantage: Switch = False
     """leave the entropy out of the advantage; the hinge then fights what SAC has just improved"""
-    alpha_init: float = 0.2
-    """entropy temperature at the start [reward per nat]"""
-    alpha_all: bool = False
+    alpha_all: Switch = False
     """move the temperatures of all tasks at each update, on the states of phase 2, not only the active task's"""
-    horizon: int | None = None
-    """steps after which an episode is cut off; None: the preset of --env"""
-    num_goals: int = 1
-    """Meta-World: goals per task, 1 to 50; the paper has one, drawn by the seed; with more, raise --eval-episodes"""
-    learning_starts: int | None = None
-    """random actions per task before the first update; None: the preset of --env"""
-    batch_size: int | None = None
-    """transitions per update; None: the preset of --env"""
-    buffer_size: int = 1_000_000
-    """replay capacity per task, transitions"""
-    hidden_sizes: tuple[int, ...] | None = None
-    """widths of the hidden layers; None: the preset of --env"""
-    lr: float | None = None
-    """Adam step size of all networks and temperatures; None: the preset of --env"""
-    gamma: float = 0.99
+    weight_tau: Share | None = None
+    """temperature of the weights' softmax [entropy temperatures], paper: tau (0.1)"""
+    weight_warmup: Annotated[int, Field(ge=0)] | None = None
+    """updates that every task must have had before the weights leave 1 / N (500)"""
+    teachers: Path | None = None
+    """ktm: the run folder of --method independent on the same tasks, whose steps come on top"""
+    offline_updates: Positive | None = None
+    """ktm: updates on the teachers' replay before the first environment step; as many as --total-timesteps"""
+    block_steps: Positive | None = None
+    """environment steps of a task before the next one's turn, paper: K; ktm: 1"""
+    task_order: Literal["random", "cycle"] | None = None
+    """how the task of a block is drawn: at random, for ktm in turn"""
+    horizon: Positive | None = None
+    """steps after which an episode is cut off"""
+    num_goals: Annotated[int, Field(ge=1, le=50)] | None = None
+    """Meta-World: goals per task, drawn by the seed (1, as in the paper); with more, raise --eval-episodes"""
+    alpha_init: Share = 0.2
+    """entropy temperature at the start [reward per nat]"""
+    update_every: Positive = 1
+    """environment steps per update"""
+    learning_starts: Positive | None = None
+    """random actions per task before the first update; of its policy for ktm"""
+    batch_size: Positive | None = None
+    """transitions per update"""
+    buffer_size: Positive = 1_000_000
+    """replay capacity per task, transitions; no more is reserved than the run can fill"""
+    hidden_sizes: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
+    """widths of the hidden layers, for soft-modules of its base (400 400 is the authors' network)"""
+    lr: Share | None = None
+    """Adam step size of all networks and temperatures"""
+    gamma: Share = 0.99
     """discount factor"""
-    tau: float = 0.005
+    tau: Share = 0.005
     """Polyak coefficient: the share of the online critics that enters the targets at each update"""
 
     def __post_init__(self):
-        for name, preset in PRESETS[self.env].items():
-            if getattr(self, name) is None:
-                setattr(self, name, preset)
-        family = FAMILIES[self.env]
-        if self.tasks is None:
-            self.tasks = family
-        for task in self.tasks:
-            if task not in family:
-                raise ValueError(f"--tasks {task}: --env {self.env} has {', '.join(family)}")
-        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
-            raise ValueError(f"--tasks takes one or more different tasks, got {' '.join(self.tasks) or 'none'}")
-        for name in ("total_timesteps", "eval_every", "eval_episodes", "checkpoint_every", "block_steps", "horizon",
-                     "learning_starts", "batch_size", "correction_steps", "correction_states", "buffer_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"--seed must be from 0 to 2**32 - 1, got {self.seed}")
-        for name in ("recent", "penalty", "weight_warmup"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(self, name)}")
-        for name in ("lr", "gamma", "tau", "weight_tau", "alpha_init"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be above 0 and at most 1, got {getattr(self, name)}")
-        if not self.c <= 0:
-            raise ValueError(f"--c must be at most 0, as it says how much may be lost, got {self.c}")
-        batches = {"picor": self.critic_batch, "mtsac": self.mtsac_batch, "independent": "active"}.get(self.method)
-        if self.alpha_all and not (self.method == "picor" and self.correction):
-            raise ValueError("--alpha-all moves temperatures on the states of phase 2, which only --method picor has, "
-                             "and not with --no-correction; leave it out")
-        if self.critic_heads and batches == "active":
-            raise ValueError(f"--critic-heads needs batches of all tasks, or heads would move while it is not their "
-                             f"turn, and --method {self.method} has batches of one here; use --method picor with "
-                             "--critic-batch all, or mtsac with --mtsac-batch mixed")
-        if self.env.startswith("mt") and self.horizon > 500:
-            raise ValueError(f"--horizon must be from 1 to 500, where Meta-World ends an episode, got {self.horizon}")
-        if not 1 <= self.num_goals <= 50:
-            raise ValueError(f"--num-goals must be from 1 to 50, got {self.num_goals}")
-        if self.batch_size < len(self.tasks):
-            raise ValueError(f"--batch-size {self.batch_size} holds less than one transition per task; "
-                             f"use at least {len(self.tasks)}")
-        if not self.hidden_sizes or min(self.hidden_sizes) < 1:
-            raise ValueError(f"--hidden-sizes takes one or more widths of at least 1, got {self.hidden_sizes}")
+        self.tasks = self.tasks or FAMILIES[self.env]
+        picor, ktm = self.method == "picor", self.method == "ktm"
+        if ktm:                                                        # a step of every task, an update for each
+            self.block_steps, self.task_order = self.block_steps or 1, self.task_order or "cycle"
+        for used, values in ((True, PRESETS[self.env] | {"task_order": "random"}), (picor, PICOR),
+                             (picor and not self.no_correction, CORRECTION), (ktm, KTM),
+                             (picor and not self.no_adaptive_weights, WEIGHTS), (self.env in ("mt4", "mt10"), MT)):
+            for name, value in values.items():
+                given = getattr(self, name)
+                if given is None and used:
+                    setattr(self, name, value)
+                elif not used and given is not None and given is not False:
+                    raise ValueError(f"--{name.replace('_', '-')} has no effect here: --env {self.env}, --method "
+                                     f"{self.method} and the switches given; leave it out")
+        self.offline_updates = self.offline_updates or (self.total_timesteps if ktm else None)
+        if not set(self.tasks) <= set(FAMILIES[self.env]) or len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f"--tasks {' '.join(self.tasks)}: different ones of {', '.join(FAMILIES[self.env])}")
+        if self.batch_size < len(self.tasks) or self.env in ("mt4", "mt10") and self.horizon > 500:
+            raise ValueError("--batch-size is at least one transition per task, --horizon in Meta-World at most 500")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Environments
 # ---------------------------------------------------------------------------------------------------------------------
-@cache
+class GoalTask:
+    """Push a point to a goal at a corner: what one task wants is wrong for the three others.
+
+    Observation (2 + T,): position, and the task, one-hot. Action (2,): displacement / 0.1, clipped to +-1. Reward
+    -distance, and 1 more within 0.15 of the goal, which is a success. Never terminates.
+    """
+
+    def __init__(self, name: str, one_hot: np.ndarray):
+        self.goal, self.one_hot = np.array(GOALS[name]), one_hot
+
+    def reset(self, rng: np.random.Generator) -> np.ndarray:
+        """First observation of an episode."""
+        self.position = rng.uniform(-0.2, 0.2, 2)
+        return np.concatenate([self.position, self.one_hot], dtype=np.float32)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, dict]:
+        """Observation, reward, termination, and whether this step succeeds."""
+        self.position = self.position + 0.1 * np.clip(action, -1.0, 1.0)
+        distance = float(np.linalg.norm(self.position - self.goal))
+        obs = np.concatenate([self.position, self.one_hot], dtype=np.float32)
+        return obs, -distance + (distance < 0.15), False, {"success": distance < 0.15}
+
+    def get_state(self) -> list[float]:
+        """All that the next step reads."""
+        return self.position.tolist()
+
+    def restore(self, state: list[float]) -> None:
+        """Undo `get_state`."""
+        self.position = np.array(state)
+
+    def render(self) -> np.ndarray:
+        """The goal in green and the point in red, 3 m wide: (240, 240, 3) uint8."""
+        y, x = np.mgrid[1.5:-1.5:240j, -1.5:1.5:240j]
+        picture = np.full((240, 240, 3), 255, np.uint8)
+        picture[np.hypot(x - self.goal[0], y - self.goal[1]) < 0.15] = (110, 190, 120)
+        picture[np.hypot(x - self.position[0], y - self.position[1]) < 0.06] = (200, 50, 50)
+        return picture
+
+
 def cheetah_model(variant: str) -> mujoco.MjModel:
     """Gymnasium's half-cheetah with every size of one kind of body part scaled; the total mass stays 14 kg.
 
@@ -239,278 +280,261 @@ def cheetah_model(variant: str) -> mujoco.MjModel:
     return spec.compile()
 
 
-class SavableEnv(gym.Env):
-    """A MuJoCo simulator that can say all that its next step reads."""
-    metadata = {"render_modes": ["rgb_array"]}
-    render_mode = "rgb_array"
-    progress = ()                                         # names of own counters that change during an episode
+class CheetahTask(HalfCheetahEnv):
+    """HalfCheetah-v5 with one kind of body part smaller or larger, which never terminates.
+
+    Observation (17 + T,): joint positions without x, all velocities, and the task, one-hot. Action (6,): torques.
+    Reward x speed - 0.1 |a|^2. Success: faster than 3 m/s.
+    """
+
+    def __init__(self, name: str, one_hot: np.ndarray):
+        self.variant, self.one_hot = name, one_hot
+        super().__init__(render_mode="rgb_array")
+
+    def _initialize_simulation(self) -> tuple[mujoco.MjModel, mujoco.MjData]:
+        """What Gymnasium's environment simulates."""
+        model = cheetah_model(self.variant)
+        return model, mujoco.MjData(model)
+
+    def reset(self, rng: np.random.Generator) -> np.ndarray:
+        """First observation of an episode."""
+        self.np_random = rng
+        return np.concatenate([super().reset()[0], self.one_hot], dtype=np.float32)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, dict]:
+        """Observation, reward, termination, and whether this step succeeds."""
+        obs, reward, _, _, info = super().step(action)
+        success = {"success": info["x_velocity"] > 3.0}
+        return np.concatenate([obs, self.one_hot], dtype=np.float32), reward, False, success
 
     def get_state(self) -> list[float]:
-        """Simulator, warm start of its solver included, followed by the counters."""
+        """All that the next step reads, the warm start of MuJoCo's solver included."""
         state = np.empty(mujoco.mj_stateSize(self.model, mujoco.mjtState.mjSTATE_INTEGRATION))
         mujoco.mj_getState(self.model, self.data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
-        return [*state.tolist(), *(float(getattr(self, name)) for name in self.progress)]
+        return state.tolist()
 
-    def set_state(self, state: list[float]) -> None:
+    def restore(self, state: list[float]) -> None:
         """Undo `get_state`."""
-        simulator = np.array(state[:len(state) - len(self.progress)])
-        mujoco.mj_setState(self.model, self.data, simulator, mujoco.mjtState.mjSTATE_INTEGRATION)
-        for name, value in zip(self.progress, state[len(simulator):]):
-            setattr(self, name, int(value))
+        mujoco.mj_setState(self.model, self.data, np.array(state), mujoco.mjtState.mjSTATE_INTEGRATION)
 
 
 @cache
-def metaworld_benchmark(name: str, seed: int):
-    """Meta-World's class for a task, and the fifty (goal, start) pairs that it draws for a seed."""
-    import metaworld
-    benchmark = metaworld.MT1(f"{name}-v3", seed=seed)
-    return benchmark.train_classes[f"{name}-v3"], benchmark.train_tasks
+def metaworld_benchmark(name: str, seed: int) -> metaworld.Benchmark:
+    """A task's class, and the fifty pairs of a goal and a start that a seed gives it."""
+    return metaworld.MT1(f"{name}-v3", seed=seed)
 
 
-class MetaWorldEnv(gym.Env):
-    """A task of Meta-World v3: every episode draws one of its goals; success is kept for the rest of the episode.
+class MetaWorldTask:
+    """A task of Meta-World v3, reward v2 (0 to 10 a step), which never terminates; an episode has one of `num_goals`.
 
     Observation (39 + T,): hand, gripper and objects, the same one step earlier, the goal, and the task, one-hot of T.
-    Action (4,): displacement of the hand / 1 cm, and the closing of the fingers. The simulator's state cannot be saved.
+    Action (4,): displacement of the hand / 1 cm, and the closing of the fingers.
     """
-    metadata = {"render_modes": ["rgb_array"]}
-    render_mode = "rgb_array"
 
-    def __init__(self, name: str, one_hot: np.ndarray, seed: int, num_goals: int, reward_version: str):
-        stock, goals = metaworld_benchmark(name, seed)
-        self.stock, self.goals, self.one_hot = stock(reward_function_version=reward_version), goals[:num_goals], one_hot
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (39 + len(one_hot),), np.float32)
-        self.action_space = gym.spaces.Box(-1.0, 1.0, (4,), np.float32)
+    def __init__(self, name: str, one_hot: np.ndarray, seed: int, num_goals: int):
+        benchmark = metaworld_benchmark(name, seed)
+        self.env = benchmark.train_classes[f"{name}-v3"](render_mode="rgb_array", camera_name="corner2")
+        self.goals, self.queue, self.one_hot = benchmark.train_tasks[:num_goals], [], one_hot
 
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.stock.set_task(self.goals[self.np_random.integers(len(self.goals))])
-        self.success = False
-        return self._obs(self.stock.reset()[0]), {"success": False}
+    def reset(self, rng: np.random.Generator) -> np.ndarray:
+        """First observation of an episode with the next goal; each comes once before one comes again."""
+        self.queue = self.queue or rng.permutation(len(self.goals)).tolist()
+        self.env.set_task(self.goals[self.queue.pop()])
+        return np.concatenate([self.env.reset()[0], self.one_hot], dtype=np.float32)
 
-    def step(self, action):
-        obs, reward, _, _, info = self.stock.step(np.clip(action, -1.0, 1.0))
-        self.success |= bool(info["success"])
-        return self._obs(obs), float(reward), False, False, {"success": self.success}
-
-    def _obs(self, obs: np.ndarray) -> np.ndarray:
-        return np.concatenate([obs, self.one_hot]).astype(np.float32)
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, dict]:
+        """Observation, reward, termination, and whether this step succeeds."""
+        obs, reward, _, _, info = self.env.step(np.clip(action, -1.0, 1.0))
+        return np.concatenate([obs, self.one_hot], dtype=np.float32), reward, False, {"success": info["success"]}
 
     def render(self) -> np.ndarray:
-        return ray_cast(self.stock.model, self.stock.data, (0.0, 0.7, 0.15), 1.4, 105, -38)
+        """The table from a front corner, (480, 480, 3) uint8."""
+        return self.env.render()
 
 
-class GoalEnv(gym.Env):
-    """Push a point to a goal at a corner: what one task wants is wrong for the three others.
+class TaskEnvs:
+    """One environment per task, stepped in turn; what is over begins anew. `obs` is what to act on, (T, O)."""
 
-    Observation (2 + T,): position, and the task, one-hot. Action (2,): displacement / 0.1, clipped to +-1. Reward
-    -distance, and 1 more within 0.15 of the goal, which is a success once it lasts to the end of the episode.
-    """
-    metadata = {"render_modes": ["rgb_array"]}
-    render_mode = "rgb_array"
+    def __init__(self, envs: list, horizon: int, rng: np.random.Generator):
+        self.envs, self.horizon, self.rng = envs, horizon, rng
+        self.reset()
 
-    def __init__(self, goal: tuple[float, float], one_hot: np.ndarray):
-        self.goal, self.one_hot, self.position = np.array(goal), one_hot, np.zeros(2)
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (2 + len(one_hot),), np.float32)
-        self.action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
+    def reset(self) -> None:
+        """New episodes in all tasks."""
+        self.obs = np.stack([env.reset(self.rng) for env in self.envs])
+        self.episodes = [{"episodic_return": 0.0, "episodic_length": 0} for _ in self.envs]
 
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.position = self.np_random.uniform(-0.2, 0.2, 2)
-        return self._obs(), {"success": False}
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, dict]]:
+        """Actions (T, A) -> observations that they lead to (T, O), rewards, terminations (T,), and episodes that end.
 
-    def step(self, action):
-        self.position = self.position + 0.1 * np.clip(action, -1.0, 1.0)
-        distance = float(np.linalg.norm(self.position - self.goal))
-        return self._obs(), -distance + (distance < 0.15), False, False, {"success": distance < 0.15}
-
-    def _obs(self) -> np.ndarray:
-        return np.concatenate([self.position, self.one_hot]).astype(np.float32)
-
-    def get_state(self) -> list[float]:
-        """All that the next step reads."""
-        return self.position.tolist()
-
-    def set_state(self, state: list[float]) -> None:
-        """Undo `get_state`."""
-        self.position = np.array(state)
-
-    def render(self, size: int = 120) -> np.ndarray:
-        """The goal in green and the point in red, 3 m wide: uint8 RGB."""
-        picture = Image.new("RGB", (size, size), "white")
-        for (x, y), radius, colour in ((self.goal, 0.15, (110, 190, 120)), (self.position, 0.06, (200, 50, 50))):
-            centre, r = (size / 2 + size / 3 * x, size / 2 - size / 3 * y), size / 3 * radius
-            ImageDraw.Draw(picture).ellipse([centre[0] - r, centre[1] - r, centre[0] + r, centre[1] + r], fill=colour)
-        return np.asarray(picture)
+        The last is {task: return, length, and what else the environment reports, its largest value of the episode}.
+        """
+        next_obs, rewards, terminations, infos = zip(*(env.step(a) for env, a in zip(self.envs, actions)))
+        self.obs, ended = np.stack(next_obs), {}
+        for i, (episode, info) in enumerate(zip(self.episodes, infos)):
+            episode["episodic_return"] += float(rewards[i])
+            episode["episodic_length"] += 1
+            episode |= {key: max(episode.get(key, 0.0), float(value)) for key, value in info.items()}
+            if terminations[i] or episode["episodic_length"] == self.horizon:
+                ended[i], self.episodes[i] = episode, {"episodic_return": 0.0, "episodic_length": 0}
+                self.obs[i] = self.envs[i].reset(self.rng)
+        return np.stack(next_obs), np.array(rewards), np.array(terminations), ended
 
 
-class CheetahEnv(SavableEnv):
-    """HalfCheetah-v5 with one kind of body part smaller or larger.
-
-    Observation (17 + T,): joint positions without x, all velocities, and the task, one-hot. Action (6,): torques.
-    Reward x speed - 0.1 |a|^2; never terminates. Success: faster than 3 m/s on that step.
-    """
-
-    def __init__(self, variant: str, one_hot: np.ndarray):
-        self.model, self.one_hot = cheetah_model(variant), one_hot
-        self.data = mujoco.MjData(self.model)
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (17 + len(one_hot),), np.float32)
-        self.action_space = gym.spaces.Box(-1.0, 1.0, (6,), np.float32)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        mujoco.mj_resetData(self.model, self.data)
-        self.data.qpos[:] += self.np_random.uniform(-0.1, 0.1, self.model.nq)
-        self.data.qvel[:] = 0.1 * self.np_random.standard_normal(self.model.nv)
-        mujoco.mj_forward(self.model, self.data)
-        return self._obs(), {"success": False}
-
-    def step(self, action):
-        before, self.data.ctrl[:] = self.data.qpos[0], action
-        mujoco.mj_step(self.model, self.data, nstep=5)
-        speed = (self.data.qpos[0] - before) / 0.05
-        reward = float(speed - 0.1 * np.square(action).sum())
-        return self._obs(), reward, False, False, {"success": bool(speed > 3)}
-
-    def _obs(self) -> np.ndarray:
-        return np.concatenate([self.data.qpos[1:], self.data.qvel, self.one_hot]).astype(np.float32)
-
-    def render(self) -> np.ndarray:
-        return ray_cast(self.model, self.data, (self.data.qpos[0], 0.0, 0.6), 3.0, 90, -10)
+def make_envs(args: Args, rng: np.random.Generator, only: int | None = None) -> TaskEnvs:
+    """The tasks of the run, or only one, with starts drawn from `rng`."""
+    envs = []
+    for i, (name, one_hot) in enumerate(zip(args.tasks, np.eye(len(args.tasks)))):
+        if only in (None, i):
+            envs.append(GoalTask(name, one_hot) if args.env == "goals" else
+                        CheetahTask(name, one_hot) if args.env == "halfcheetah" else
+                        MetaWorldTask(name, one_hot, args.seed, args.num_goals))
+    return TaskEnvs(envs, args.horizon, rng)
 
 
-def make_env(args: Args, task: int) -> gym.Env:
-    """Task `task` of the list, with its time limit as truncation and with the statistics of its episodes."""
-    name, one_hot = args.tasks[task], np.eye(len(args.tasks))[task]
-    if args.env == "goals":
-        env = GoalEnv(GOALS[name], one_hot)
-    elif args.env == "halfcheetah":
-        env = CheetahEnv(name, one_hot)
-    else:
-        env = MetaWorldEnv(name, one_hot, args.seed, args.num_goals, "v2")
-    return gym.wrappers.RecordEpisodeStatistics(gym.wrappers.TimeLimit(env, args.horizon))
-
-
-def make_envs(args: Args, task_ids: list[int]) -> SyncVectorEnv:
-    """One sub-environment per task; a finished one restarts in the same step, its last observation in `infos`."""
-    return SyncVectorEnv([partial(make_env, args, task) for task in task_ids], autoreset_mode=AutoresetMode.SAME_STEP)
-
-
-def true_next_obs(next_obs: np.ndarray, infos: dict) -> np.ndarray:
-    """Undo SAME_STEP autoreset: the observation each action led to, (T, O)."""
-    true_obs = next_obs.copy()
-    for i in np.flatnonzero(infos.get("_final_obs", ())):
-        true_obs[i] = infos["final_obs"][i]               # the other entries of final_obs are None
-    return true_obs
-
-
-def finished_episodes(infos: dict):
-    """Yield (task, {undiscounted return, length, what the task reports}) of each episode that ended on this step."""
-    final = infos.get("final_info", {})                   # a dict of arrays
-    for i in np.flatnonzero(final.get("_episode", ())):
-        reported = {key: float(values[i]) for key, values in final.items() if key[0] != "_" and key != "episode"}
-        yield int(i), {"episodic_return": float(final["episode"]["r"][i]),
-                       "episodic_length": int(final["episode"]["l"][i]), **reported}
+def save_animation(path: Path, frames: list[list[np.ndarray]]) -> None:
+    """An animated GIF of all tasks side by side; a frame is a list of pictures, (H, W, 3) uint8, one per task."""
+    imageio.mimsave(path, [np.hstack([image[::2, ::2] for image in images]) for images in frames], duration=60, loop=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Networks
 # ---------------------------------------------------------------------------------------------------------------------
 class TaskMLP(nn.Module):
-    """One MLP per task, all of them evaluated at once.
+    """An MLP for each of T tasks, C times over (1 for policies, 2 for twin critics), all evaluated at once.
 
-    A layer is a stack of matrices, (T, in, out), one per task, or a single one, (1, in, out), for the layers in `tied`,
-    which all tasks share: no tied layer gives independent networks, all of them one network for all tasks, all but the
-    last a shared trunk with a head per task.
+    A layer is a stack of matrices: (C * T, in, out) where each task has its own, (C, in, out) in the first
+    `shared_layers`, which all tasks share. None shared are independent networks, all but the last a trunk with heads.
     """
 
-    def __init__(self, num_tasks: int, sizes: list[int], tied: tuple[int, ...] = (), activation: str = "relu",
+    def __init__(self, copies: int, num_tasks: int, sizes: list[int], shared_layers: int = 0,
                  init=nn.init.xavier_uniform_):
         super().__init__()
-        self.activation = getattr(torch, activation + "_")             # in place: large activations cost memory traffic
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        self.stack, self.params = (copies, num_tasks), nn.ParameterList()      # weight and bias of each layer in turn
         for layer, (n_in, n_out) in enumerate(zip(sizes[:-1], sizes[1:])):
-            weight = torch.empty(1 if layer in tied else num_tasks, n_in, n_out)
+            weight = torch.empty(copies * (1 if layer < shared_layers else num_tasks), n_in, n_out)
             for matrix in weight:
                 init(matrix)
-            self.weights.append(weight)
-            self.biases.append(torch.zeros(len(weight), 1, n_out))
+            self.params.extend([weight, torch.zeros(len(weight), 1, n_out)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(T, B, in) -> (T, B, out): row i of the first axis goes through network i."""
-        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            x = x @ weight[0] + bias[0] if len(weight) == 1 else torch.baddbmm(bias, x, weight)
-            if layer < len(self.weights) - 1:
-                x = self.activation(x)
-        return x
+    def forward(self, x: Tensor, params: list[Tensor] | None = None) -> Tensor:
+        """(T, B, in) -> (C, T, B, out): row i through the networks of task i, with other parameters if given.
+
+        Where all layers are shared, the rows may be of any tasks, and more or fewer than T.
+        """
+        params, rows = list(self.params if params is None else params), x.shape[-3:-1]
+        x = x.expand(self.stack[0], *x.shape[-3:])
+        for layer in range(0, len(params), 2):
+            weight, bias = params[layer:layer + 2]
+            x = torch.baddbmm(bias, x.reshape(len(weight), -1, x.shape[-1]), weight)
+            if layer < len(params) - 2:
+                x = torch.relu_(x)                                     # in place: large activations cost memory traffic
+        return x.view(self.stack[0], *rows, -1)
 
 
-class Actor(nn.Module):
-    """Gaussian policies before the tanh, one per task."""
+class SAC(nn.Module):
+    """What SAC trains for T tasks: policies, twin critics with their targets, temperatures."""
 
-    def __init__(self, num_tasks: int, obs_size: int, action_size: int, hidden: tuple, tied: tuple, activation: str):
+    def __init__(self, actor: nn.Module, critic: nn.Module, num_tasks: int):
         super().__init__()
-        self.net = TaskMLP(num_tasks, [obs_size, *hidden, 2 * action_size], tied, activation)
+        self.actor, self.critic, self.target = actor, critic, copy.deepcopy(critic).requires_grad_(False)
+        self.log_alpha = nn.Parameter(torch.zeros(num_tasks))
 
-    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """(T, B, O) -> mean and log standard deviation, (T, B, A) each."""
-        mean, log_std = self.net(obs).chunk(2, dim=-1)
+    def policy(self, obs: Tensor, *params) -> tuple[Tensor, Tensor]:
+        """(T, B, O) -> mean and log standard deviation of each task's Gaussian before the tanh, (T, B, A) each."""
+        mean, log_std = self.actor(obs, *params)[0].chunk(2, dim=-1)
         return mean, log_std.clamp(-20.0, 2.0)
 
-
-class Critic(nn.Module):
-    """Soft Q-functions, one per task."""
-
-    def __init__(self, num_tasks: int, obs_size: int, action_size: int, hidden: tuple, tied: tuple, activation: str):
-        super().__init__()
-        self.net = TaskMLP(num_tasks, [obs_size + action_size, *hidden, 1], tied, activation, nn.init.xavier_normal_)
-
-    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
-        """(T, B, O) and (T, B, A) -> (T, B)."""
-        return self.net(torch.cat([obs, actions], dim=-1)).squeeze(-1)
+    def q(self, critic: nn.Module, obs: Tensor, actions: Tensor, *params) -> Tensor:
+        """Both soft Q-functions of `critic`, online or target: (T, B, O) and (T, B, A) -> (2, T, B)."""
+        return critic(torch.cat([obs, actions], dim=-1), *params).squeeze(-1)
 
 
-class BoundedActor(Actor):
-    """The policy with log standard deviations in [-5, 2]: tinier ones would make the KL of the correction explode."""
+class BoundedSAC(SAC):
+    """SAC with log standard deviations in [-5, 2]: tinier ones would make the KL of the correction explode."""
 
-    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """(T, B, O) -> mean and log standard deviation, (T, B, A) each."""
-        mean, raw = self.net(obs).chunk(2, dim=-1)
+    def policy(self, obs: Tensor, *params) -> tuple[Tensor, Tensor]:
+        """(T, B, O) -> mean and log standard deviation of each task's Gaussian before the tanh, (T, B, A) each."""
+        mean, raw = self.actor(obs, *params)[0].chunk(2, dim=-1)
         return mean, -5.0 + 3.5 * (torch.tanh(raw) + 1.0)
 
 
-class MultiTaskSAC(nn.Module):
-    """What SAC trains where tasks share networks: policy, twin critics with their targets, a temperature per task."""
+class SoftModules(nn.Module):
+    """Soft Modularization (Yang et al. 2020, arXiv:2003.13661, the deep variant), C networks at once.
 
-    def __init__(self, actor: nn.Module, qf1: nn.Module, qf2: nn.Module, num_tasks: int, action_size: int):
+    Four layers of four modules each. A module's input is a mixture of the outputs of the layer before, and a routing
+    network says from the observation and the task's one-hot how much of each. Widths of the gate and of the modules are
+    256 and 128 where the base has 400, as the authors' code has it, and else in proportion.
+    """
+
+    def __init__(self, copies: int, num_tasks: int, task_at: int, sizes: list[int], depth: int = 4, modules: int = 4):
+        """`sizes`: input, base layers, output; the one-hot begins at `task_at` of the input."""
         super().__init__()
-        self.actor, self.qf1, self.qf2 = actor, qf1, qf2
-        self.qf1_target, self.qf2_target = copy.deepcopy(qf1), copy.deepcopy(qf2)
-        self.log_alpha = nn.Parameter(torch.zeros(num_tasks))
-        self.target_entropy = -float(action_size)
+        n_in, *base, n_out = sizes
+        gate, width, self.num_modules = round(0.64 * base[-1]), round(0.32 * base[-1]), modules
+        self.task = slice(task_at, task_at + num_tasks)
 
-    def make_optimizers(self, lr: float, critic_lr: float) -> dict[str, torch.optim.Optimizer]:
-        """One Adam each for the policy, for both critics and for the temperatures."""
-        params = {"actor": (self.actor.parameters(), lr), "alpha": ([self.log_alpha], critic_lr),
-                  "critic": ([*self.qf1.parameters(), *self.qf2.parameters()], critic_lr)}
-        return {name: torch.optim.Adam(p, lr=rate, fused=True) for name, (p, rate) in params.items()}
+        def stack(count: int, *sizes: int, bound: float | None = None) -> TaskMLP:
+            net = TaskMLP(copies, count, list(sizes), init=lambda matrix: nn.init.uniform_(
+                matrix, -(bound or len(matrix.T) ** -0.5), bound or len(matrix.T) ** -0.5))
+            for bias in list(net.params)[1::2]:
+                nn.init.uniform_(bias, -bound, bound) if bound else nn.init.constant_(bias, 0.1)
+            return net
+        self.base, self.embed = stack(1, n_in - num_tasks, *base), stack(1, num_tasks, base[-1])
+        self.gate = stack(1, base[-1], gate, gate)
+        self.conditions = nn.ModuleList(stack(1, i * modules**2, gate) for i in range(1, depth))
+        self.logits = nn.ModuleList(stack(1, gate, modules * (modules if i < depth - 1 else 1), bound=3e-3)
+                                    for i in range(depth))
+        self.layers = nn.ModuleList(stack(modules, base[-1] if i == 0 else width, width) for i in range(depth))
+        self.output = stack(1, width, n_out, bound=3e-3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, B, in) -> (C, T, B, out); N = T B, M modules."""
+        rows, x = x.shape[:-1], x.reshape(1, -1, x.shape[-1])                              # (1, N, in)
+        features = torch.cat([x[..., :self.task.start], x[..., self.task.stop:]], dim=-1)
+        base = self.base(features)                                                         # (C, 1, N, base)
+        gate = self.gate(torch.relu(base * self.embed(x[..., self.task])))                 # (C, 1, N, gate)
+        mixtures, known = [], []          # of a layer's outputs, for each module of the next
+        for i, logits in enumerate(self.logits):
+            route = gate * self.conditions[i - 1](torch.cat(known, dim=-1)) if i else gate
+            mixtures.append(logits(torch.relu(route)).unflatten(-1, (-1, self.num_modules)).softmax(-1))
+            known.append(mixtures[-1].flatten(-2))                     # (C, 1, N, M M), the last one (C, 1, N, M)
+        out = self.layers[0](torch.relu(base).expand(-1, self.num_modules, -1, -1))        # (C, M, N, width)
+        for mixture, layer in zip(mixtures, [*self.layers[1:], self.output]):
+            out = layer(torch.relu(torch.einsum("cnij,cjnw->cinw", mixture.squeeze(1), out)))
+        return out.view(len(out), *rows, -1)
+
+
+def make_agent(args: Args, obs_size: int, action_size: int) -> BoundedSAC:
+    """One network for all tasks, or with a head for each, or of modules."""
+    num_tasks, layers = len(args.tasks), len(args.hidden_sizes) + 1
+
+    def network(copies: int, n_in: int, n_out: int, init) -> nn.Module:
+        sizes = [n_in, *args.hidden_sizes, n_out]
+        if args.method == "soft-modules":
+            return SoftModules(copies, num_tasks, obs_size - num_tasks, sizes)
+        return TaskMLP(copies, num_tasks, sizes, layers - (args.method == "mtmhsac"), init)
+    actor = network(1, obs_size, 2 * action_size, nn.init.xavier_uniform_)
+    agent = BoundedSAC(actor, network(2, obs_size + action_size, 1, nn.init.xavier_normal_), num_tasks)
+    agent.log_alpha.data.fill_(math.log(args.alpha_init))
+    return agent.to(args.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Replay buffer
 # ---------------------------------------------------------------------------------------------------------------------
 class TaskReplay:
-    """All transitions of each task, as many as it has had; a row is obs, action, reward, next_obs, termination."""
+    """The last transitions of each task; a row is obs, action, reward, next_obs, termination."""
 
-    def __init__(self, num_tasks: int, capacity: int, obs_size: int, action_size: int, device: torch.device):
-        self.widths = [obs_size, action_size, 1, obs_size, 1]
-        self.data = torch.zeros(num_tasks, capacity, sum(self.widths), device=device)
-        self.num_added = np.zeros(num_tasks, np.int64)
+    def __init__(self, capacities: list[int], obs_size: int, action_size: int, device: str):
+        self.widths, self.num_added = [obs_size, action_size, 1, obs_size, 1], [0] * len(capacities)
+        check_memory(4 * sum(capacities) * sum(self.widths), max(capacities))
+        self.data = [torch.zeros(max(1, capacity), sum(self.widths), device=device) for capacity in capacities]
 
     def add(self, task: int, obs, action, reward: float, next_obs, terminated: bool) -> None:
         """Append a transition of one task. Truncation is no termination."""
         row = np.concatenate([obs, action, [reward], next_obs, [terminated]], dtype=np.float32)
-        self.data[task, self.num_added[task] % self.data.shape[1]] = torch.from_numpy(row).to(self.data.device)
+        self.data[task][self.num_added[task] % len(self.data[task])] = torch.from_numpy(row).to(self.data[task].device)
         self.num_added[task] += 1
 
     def sample(self, rng: np.random.Generator, tasks: list[int], batch_size: int, recent: int = 0) -> list[Tensor]:
@@ -519,18 +543,55 @@ class TaskReplay:
         Args:
             recent: draw from the last so many transitions of each task; 0 draws from all.
         """
-        size = np.minimum(self.num_added[tasks], self.data.shape[1])
-        window = np.minimum(size, recent) if recent else size
-        ages = np.stack([rng.integers(1, w + 1, batch_size) for w in window])          # 1: the newest
-        index = torch.from_numpy((self.num_added[tasks][:, None] - ages) % self.data.shape[1]).to(self.data.device)
-        rows = self.data[torch.tensor(tasks, device=self.data.device)[:, None], index]
-        obs, actions, rewards, next_obs, terminations = rows.split(self.widths, dim=-1)
+        rows = []
+        for task in tasks:
+            data, size = self.data[task], min(self.num_added[task], len(self.data[task]))
+            ages = rng.integers(1, min(size, recent or size) + 1, batch_size)              # 1: the newest
+            rows.append(data[torch.from_numpy((self.num_added[task] - ages) % len(data)).to(data.device)])
+        obs, actions, rewards, next_obs, terminations = torch.stack(rows).split(self.widths, dim=-1)
         return [obs, actions, rewards.squeeze(-1), next_obs, terminations.squeeze(-1)]
+
+    def get_state(self) -> list[Tensor]:
+        """The rows of each task, the oldest first."""
+        sizes = [min(count, len(data)) for count, data in zip(self.num_added, self.data)]
+        return [data[(torch.arange(count - size, count) % len(data)).to(data.device)].cpu()
+                for data, count, size in zip(self.data, self.num_added, sizes)]
+
+    def restore(self, state: list[Tensor]) -> None:
+        """Undo `get_state`; of more rows than fit, the newest stay."""
+        for task, (data, rows) in enumerate(zip(self.data, state)):
+            rows = rows[-len(data):]
+            data[:len(rows)], self.num_added[task] = rows.to(data.device), len(rows)
+
+
+def check_memory(num_bytes: int, capacity: int) -> None:
+    """End with one sentence where a replay is larger than the memory of this machine, or of the container it is."""
+    limit, have = Path("/sys/fs/cgroup/memory.max"), math.inf
+    if hasattr(os, "sysconf"):                                         # not on Windows
+        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if limit.exists() and limit.read_text().strip().isdigit():
+        have = min(have, int(limit.read_text()))
+    if num_bytes > 0.9 * have:
+        sys.exit(f"the replay would grow to {num_bytes / 1e9:.0f} GB, and there are {have / 1e9:.0f} GB of memory "
+                 f"here; --buffer-size {int(0.8 * have / num_bytes * capacity)} would fit")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The method
 # ---------------------------------------------------------------------------------------------------------------------
+def draw_schedule(args: Args) -> np.ndarray:
+    """The active task of every environment step, by number: --learning-starts steps of each, then blocks of K steps.
+
+    All methods have the same blocks, as their generator serves nothing else; a longer run begins with a shorter one's.
+    """
+    num_tasks, count = len(args.tasks), -(-args.total_timesteps // args.block_steps)
+    order = np.arange(count) % num_tasks
+    if args.task_order == "random":
+        order = np.random.default_rng([args.seed, 2]).integers(num_tasks, size=count)
+    filling = np.repeat(np.arange(num_tasks), args.learning_starts)
+    return np.concatenate([filling, np.repeat(order, args.block_steps)])[:args.total_timesteps]
+
+
 def task_weights(alpha: Tensor, tau: float) -> Tensor:
     """Eq. 9, softmax(alpha / tau) over tasks, (T,) -> (T,): a larger temperature is a less settled task."""
     return torch.softmax(alpha / tau, dim=0)
@@ -541,422 +602,366 @@ def hinge(advantages: Tensor, weights: Tensor, c: float, gamma: float) -> Tensor
     return (c * (1 - gamma) - (weights * advantages).sum()).clamp(min=0.0)
 
 
-def correction_loss(kl: Tensor, shortfall: Tensor, penalty: float) -> Tensor:
-    """Eq. 10, D_KL(pi || pi') + lambda / 2 hinge^2."""
-    return kl + 0.5 * penalty * shortfall.square()
-
-
-def gaussian_kl(mean_p: Tensor, log_std_p: Tensor, mean_q: Tensor, log_std_q: Tensor) -> Tensor:
-    """KL(p || q) of diagonal Gaussians, by dimension [nats]; squashing both by the same tanh would not change it."""
-    log_ratio = 2 * (log_std_p - log_std_q)
-    return 0.5 * (log_ratio.exp() + ((mean_p - mean_q) / log_std_q.exp()).square() - 1 - log_ratio)
-
-
-def soft_value(qf1, qf2, obs: Tensor, mean: Tensor, log_std: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
-    """min Q - alpha log pi of the actions that a policy takes with given noise; alpha (T, 1), result (T, n)."""
-    actions, log_prob = squash(mean, log_std, noise)
-    return torch.min(qf1(obs, actions), qf2(obs, actions)) - alpha * log_prob
-
-
-def soft_advantage(new_value: Tensor, old_value: Tensor, spread: Tensor) -> Tensor:
-    """A of the new policy over the old, mean over states, in units of `spread`: (T, n), (T, n), (T,) -> (T,).
-
-    Both values are `soft_value` with the same noise, so that equal policies have an advantage of exactly 0.
-    """
-    return (new_value - old_value).mean(1) / spread
-
-
-def q_spread(qf1, qf2, obs: Tensor, mean: Tensor, log_std: Tensor, draws: int = 4) -> Tensor:
-    """Standard deviation of min Q over actions of the policy, mean over states: (T, n, O) -> (T,)."""
-    values = []
-    for _ in range(draws):
-        actions, _ = squash(mean, log_std, torch.randn_like(mean))
-        values.append(torch.min(qf1(obs, actions), qf2(obs, actions)))
-    return torch.stack(values).std(0).mean(1).clamp(min=1e-6)
-
-
 def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Action tanh(mean + std * noise) with its log-probability [nats]: (..., A) -> (..., A), (...)."""
-    actions = torch.tanh(mean + log_std.exp() * noise)
+    """Action tanh(u), u = mean + std * noise, with its log-probability [nats]: (..., A) -> (..., A), (...)."""
+    u = mean + log_std.exp() * noise
     gaussian = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-    return actions, (gaussian - torch.log(1 - actions.square() + 1e-6)).sum(-1)
+    log_derivative = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))        # log(1 - tanh(u)^2), exact at any u
+    return torch.tanh(u), (gaussian - log_derivative).sum(-1)
 
 
-def soft_target(rewards: Tensor, terminations: Tensor, next_q: Tensor, next_log_prob: Tensor, alpha: Tensor,
-                gamma: float) -> Tensor:
-    """Regression target of the critics, r + gamma (1 - termination) (Q' - alpha log pi'): (T, B), alpha (T, 1)."""
-    return rewards + gamma * (1 - terminations) * (next_q - alpha * next_log_prob)
+def draw_visit_order(num_tasks: int, rng: np.random.Generator | None) -> np.ndarray:
+    """For each task the others, (T, T - 1), in a random order, or in that of the list without a generator."""
+    others = [[j for j in range(num_tasks) if j != i] for i in range(num_tasks)]
+    return np.array([rng.permutation(row) if rng else row for row in others])
 
 
-def critic_loss(q1: Tensor, q2: Tensor, target: Tensor) -> Tensor:
-    """Mean squared errors of both twins, summed: (T, B) -> (T,)."""
-    return ((q1 - target).square() + (q2 - target).square()).mean(1)
-
-
-def actor_loss(q: Tensor, log_prob: Tensor, alpha: Tensor) -> Tensor:
-    """What the policy minimises, alpha log pi - Q: (T, B) -> (T,)."""
-    return (alpha * log_prob - q).mean(1)
-
-
-def temperature_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
-    """Its gradient raises alpha while the entropy is below the target: (T, B) -> (T,)."""
-    return -log_alpha * (log_prob + target_entropy).mean(1)
-
-
-def call_with(net: nn.Module, params: dict[str, Tensor], *inputs: Tensor):
-    """The network's output with other parameters than its own."""
-    return torch.func.functional_call(net, params, inputs)
-
-
-def of_tasks(net: nn.Module, tasks: list[int]):
-    """The network as K of its tasks use it, to be called with a first axis of K."""
-    return partial(call_with, net, {name: param if len(param) == 1 else param[tasks]
-                                    for name, param in net.named_parameters()})
-
-
-def critic_phase(learners: MultiTaskSAC, optimizer: torch.optim.Optimizer, batch: list[Tensor], alpha: Tensor,
-                 gamma: float) -> Tensor:
-    """Eq. 6, a step of both critics on batches of K tasks with temperatures (K, 1); the loss, (K,)."""
-    obs, actions, rewards, next_obs, terminations = batch
-    with torch.no_grad():
-        mean, log_std = learners.actor(next_obs)
-        next_actions, next_log_prob = squash(mean, log_std, torch.randn_like(mean))
-        next_q = torch.min(learners.qf1_target(next_obs, next_actions), learners.qf2_target(next_obs, next_actions))
-        target = soft_target(rewards, terminations, next_q, next_log_prob, alpha, gamma)
-    loss = critic_loss(learners.qf1(obs, actions), learners.qf2(obs, actions), target)
-    optimizer.zero_grad()
-    loss.mean().backward()
-    optimizer.step()
-    return loss.detach()
-
-
-@contextmanager
-def frozen(*nets: nn.Module):
-    """The networks let gradients through and get none themselves; what a reader has frozen for good stays so."""
-    params = [param for net in nets for param in net.parameters() if param.requires_grad]
-    for param in params:
-        param.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for param in params:
-            param.requires_grad_(True)
-
-
-def policy_phase(learners: MultiTaskSAC, optimizer: torch.optim.Optimizer, obs: Tensor, tasks: list[int],
-                 scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Eq. 7, a step of the policy on states of K tasks, (K, B, O).
+def project_conflicts(task_grads: Tensor, visit_order: np.ndarray) -> Tensor:
+    """Remove from each task's gradient its components that oppose another task's (PCGrad, Algorithm 1).
 
     Args:
-        scale: multiplies the loss.
+        task_grads: flattened gradients before surgery, (T, P).
+        visit_order: row i lists the partners that task i meets, in order, (T, T - 1).
     Returns:
-        The loss, (K,), and the log-probabilities of the actions it was taken with, (K, B).
+        Projected gradients, (T, P). The paper's update is their sum over tasks.
     """
-    mean, log_std = learners.actor(obs)
-    actions, log_prob = squash(mean, log_std, torch.randn_like(mean))
-    with frozen(learners.qf1, learners.qf2):
-        q = torch.min(of_tasks(learners.qf1, tasks)(obs, actions), of_tasks(learners.qf2, tasks)(obs, actions))
-    loss = actor_loss(q, log_prob, learners.log_alpha.detach().exp()[tasks][:, None])
-    optimizer.zero_grad()
-    (scale * loss).mean().backward()
-    optimizer.step()
-    return loss.detach(), log_prob.detach()
+    projected = task_grads.clone()
+    for i, partners in enumerate(visit_order):
+        for j in partners:
+            dot = projected[i] @ task_grads[j]                         # projected so far, against the original j
+            if dot < 0:
+                projected[i] -= dot / (task_grads[j].square().sum() + 1e-12) * task_grads[j]
+    return projected
 
 
-def temperature_phase(learners: MultiTaskSAC, optimizers: dict, log_prob: Tensor, tasks: list[int]) -> None:
-    """A step of the temperatures of K tasks towards the target entropy; log_prob (K, B), without a gradient."""
-    optimizer = optimizers["alpha" if len(tasks) > 1 else f"alpha{tasks[0]}"]
-    optimizer.zero_grad()
-    temperature_loss(learners.log_alpha[tasks], log_prob, learners.target_entropy).sum().backward()
-    optimizer.step()
-
-
-def correct(args: Args, learners: MultiTaskSAC, optimizer: torch.optim.Optimizer, obs: Tensor,
-            old: tuple[Tensor, Tensor], weights: Tensor) -> dict[str, Tensor]:
-    """Phase 2: move the policy until no more than c is lost, close to where phase 1 left it.
+def descend(args: Args, optimizer: torch.optim.Optimizer, net: nn.Module, loss_of, rng: np.random.Generator,
+            scale=1.0) -> Tensor:
+    """Descend the mean of the tasks' losses, after what the method does to gradients; returns the losses, (K,).
 
     Args:
-        obs: states of all tasks, (T, n, O).
-        old: mean and log standard deviation in them of the policy before phase 1, (T, n, A) each.
+        loss_of: losses of K tasks, (K,), by the network or by other parameters of the same shape, one set per task.
+        scale: what the losses are multiplied by, one number or (K,).
+    """
+    params = list(net.parameters())
+    if args.method == "g-surgery":
+        own = [param.detach().repeat_interleave(net.stack[1], dim=0).requires_grad_() for param in params]
+        losses = loss_of(own)                                          # each task with a copy of the shared layers
+        by_task = torch.autograd.grad(losses.sum(), own)               # (C * T, in, out) each
+        task_grads = torch.cat([grad.unflatten(0, net.stack).transpose(0, 1).flatten(1) for grad in by_task], dim=1)
+        mean = project_conflicts(task_grads, draw_visit_order(net.stack[1], rng)).mean(0)
+        grads = [part.view_as(param) for part, param in zip(mean.split([p.numel() for p in params]), params)]
+    else:
+        losses = loss_of()
+        grads = torch.autograd.grad((scale * losses).mean(), params)
+    if args.method == "soft-modules":                                  # the policy and each critic to a norm of 1
+        rows = [grad.reshape(net.output.stack[0], -1) for grad in grads]                   # (C, ...) each
+        norms = torch.cat(rows, dim=1).norm(dim=1, keepdim=True)
+        grads = [(row / norms.clamp(min=1.0)).view_as(grad) for row, grad in zip(rows, grads)]
+    for param, grad in zip(params, grads):
+        param.grad = grad
+    optimizer.step()
+    return losses.detach()
+
+
+def update(args: Args, agent: SAC, optimizers: dict, buffer: TaskReplay, task: int, weights: Tensor,
+           rng: np.random.Generator, teacher: SAC | None = None, offline: bool = False
+           ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Phase 1, a SAC step on the active task or, in the baselines, on all; then phase 2, which corrects the policy.
+
+    Args:
+        task: the active one, by number.
+        weights: of all tasks, (T,), with a sum of 1.
+        teacher: of the active task (ktm), whose critics judge the policy, too; `offline` alone, and with its replay.
+    Returns:
+        Losses, (K,) each; what `correct` says.
+    """
+    everyone, correcting = list(range(len(args.tasks))), args.method == "picor" and not args.no_correction
+    policy_tasks = [task] if args.method in ONE_TASK else everyone
+    critic_tasks = everyone if args.critic_batch == "all" else policy_tasks
+    batch = buffer.sample(rng, critic_tasks, args.batch_size // len(critic_tasks))
+    obs, actions, rewards, next_obs, terminations = batch              # (K, B, ...)
+    alpha, losses = agent.log_alpha.detach().exp()[:, None], {}        # (T, 1)
+
+    # Critics, Eq. 6 ------------------------------------------------------------------------------------------
+    with torch.no_grad():
+        if offline:
+            target = agent.q(teacher.critic, obs, actions)             # (2, K, B): each twin learns from its like
+        else:
+            next_actions, next_log_prob = squash(*agent.policy(next_obs), torch.randn(actions.shape).to(actions))
+            next_value = agent.q(agent.target, next_obs, next_actions).amin(0) - alpha[critic_tasks] * next_log_prob
+            target = rewards + args.gamma * (1 - terminations) * next_value                # (K, B)
+
+    def critic_loss(*params) -> Tensor:
+        return (agent.q(agent.critic, obs, actions, *params) - target).square().mean(-1).sum(0)
+    scale = len(everyone) * weights if args.method == "soft-modules" else 1.0
+    losses["critic"] = descend(args, optimizers["critic"], agent.critic, critic_loss, rng, scale)
+
+    # Policy, Eq. 7 -------------------------------------------------------------------------------------------
+    if correcting:
+        states = buffer.sample(rng, everyone, args.correction_states, args.recent)[0]      # (T, n, O)
+        with torch.no_grad():
+            before = agent.policy(states)                              # pi_t
+    if policy_tasks != critic_tasks:
+        obs = buffer.sample(rng, policy_tasks, args.batch_size)[0]
+    noise = torch.randn(*obs.shape[:-1], actions.shape[-1]).to(obs)    # of the CPU's generator, whatever the device
+    judges = [agent.critic] if teacher is None else [teacher.critic] if offline else [agent.critic, teacher.critic]
+
+    def actor_loss(*params) -> Tensor:
+        nonlocal log_prob
+        pi, log_prob = squash(*agent.policy(obs, *params), noise)
+        q = sum(agent.q(critic, obs, pi).amin(0) for critic in judges)
+        return (alpha[policy_tasks] * log_prob - q).mean(-1)
+    log_prob, scale = None, 1.0 if correcting else len(everyone) * weights[policy_tasks]
+    losses["actor"] = descend(args, optimizers["actor"], agent.actor, actor_loss, rng, scale)
+
+    # Temperatures, each with an Adam of its own: what rests keeps its statistics --------------------------------
+    if args.alpha_all:
+        policy_tasks, log_prob = everyone, squash(*before, torch.randn(before[0].shape).to(obs))[1]
+    slopes = actions.shape[-1] - log_prob.detach().mean(-1, keepdim=True)      # entropy - target, (K, 1); target -A
+    for z, slope in zip(policy_tasks, slopes * torch.eye(len(everyone)).to(obs)[policy_tasks]):
+        agent.log_alpha.grad = slope
+        optimizers[f"alpha{z}"].step()
+
+    found = correct(args, agent, optimizers["correction"], states, before, weights) if correcting else {}
+    torch._foreach_lerp_(list(agent.target.parameters()), list(agent.critic.parameters()), args.tau)
+    return losses, found
+
+
+def correct(args: Args, agent: SAC, optimizer: torch.optim.Optimizer, states: Tensor, before: tuple[Tensor, Tensor],
+            weights: Tensor) -> dict[str, Tensor]:
+    """Phase 2, Eq. 10: move the policy until no more than c is lost, close to where phase 1 left it.
+
+    Args:
+        states: of all tasks, (T, n, O).
+        before: mean and log standard deviation in them of pi_t, the policy before phase 1, (T, n, A) each.
         weights: (T,).
     Returns:
-        advantage of each task and hinge at the start; steps, and KL from where phase 1 left the policy, at the end.
-        Gradients reach the policy only.
+        advantage of each task, (T,), hinge, and whether it was corrected, at the start; steps, and KL from where phase
+        1 left the policy, at the end.
     """
-    alpha = torch.zeros_like(learners.log_alpha) if args.hard_advantage else learners.log_alpha.detach().exp()
-    alpha, noise = alpha[:, None], torch.randn_like(old[0])            # common random numbers
-    critics = learners.qf1, learners.qf2
+    alpha = 0.0 if args.hard_advantage else agent.log_alpha.detach().exp()[:, None]
+    noise = torch.randn(before[0].shape).to(states)                    # the same for both policies
+
+    def value(mean: Tensor, log_std: Tensor) -> Tensor:
+        actions, log_prob = squash(mean, log_std, noise)
+        return agent.q(agent.critic, states, actions).amin(0) - alpha * log_prob           # (T, n)
     with torch.no_grad():
-        old_value = soft_value(*critics, obs, *old, noise, alpha)
-        spread = q_spread(*critics, obs, *old) if args.adv_norm else torch.ones(len(obs), device=obs.device)
-        anchor = learners.actor(obs)                                   # pi', where phase 1 left the policy
-        advantages = soft_advantage(soft_value(*critics, obs, *anchor, noise, alpha), old_value, spread)
-        first = hinge(advantages, weights, args.c, args.gamma)
-    steps, shortfall = 0, first
-    while shortfall > 0 and steps < args.correction_steps:             # at pi' itself the KL and its gradient are 0
-        mean, log_std = learners.actor(obs)
-        kl = gaussian_kl(mean, log_std, *anchor).sum(-1).mean()
-        with frozen(*critics):
-            value = soft_value(*critics, obs, mean, log_std, noise, alpha)
-        shortfall = hinge(soft_advantage(value, old_value, spread), weights, args.c, args.gamma)
-        if not shortfall > 0:                                          # reached: not one step more
+        old_value, spread = value(*before), 1.0
+        if not args.no_adv_norm:                                       # standard deviation of Q over four actions
+            actions = [squash(*before, torch.randn(noise.shape).to(noise))[0] for _ in range(4)]
+            q = torch.stack([agent.q(agent.critic, states, action).amin(0) for action in actions])
+            spread = q.std(0).mean(1).clamp(min=1e-6)                  # (T,)
+        mean, log_std = agent.policy(states)
+        anchor = Normal(mean, log_std.exp(), validate_args=False)      # pi', where phase 1 left the policy
+    for steps in range(args.correction_steps + 1):
+        mean, log_std = agent.policy(states)
+        kl = kl_divergence(Normal(mean, log_std.exp(), validate_args=False), anchor).sum(-1).mean()    # at first 0
+        advantages = (value(mean, log_std) - old_value).mean(1) / spread                   # (T,)
+        shortfall = hinge(advantages, weights, args.c, args.gamma)
+        if steps == 0:
+            found = {"advantage": advantages.detach(), "hinge": shortfall.detach()}
+            found["corrected"] = (shortfall > 0).float()
+        if steps == args.correction_steps or not shortfall > 0:        # enough, or reached: not one step more
             break
-        optimizer.zero_grad()
-        correction_loss(kl, shortfall, args.penalty).backward()
-        optimizer.step()
-        steps += 1
-    with torch.no_grad():
-        kl = gaussian_kl(*learners.actor(obs), *anchor).sum(-1).mean() if steps else torch.zeros(())
-    return {"advantage": advantages, "hinge": first, "kl": kl, "steps": torch.tensor(float(steps))}
-
-
-def move_targets(learners: MultiTaskSAC, tau: float) -> None:
-    """Polyak averaging of both critics."""
-    with torch.no_grad():
-        for online, targets in ((learners.qf1, learners.qf1_target), (learners.qf2, learners.qf2_target)):
-            for param, target_param in zip(online.parameters(), targets.parameters()):
-                target_param.lerp_(param, tau)                                 # keeps 1 - tau of the old target
-
-
-def picor_update(args: Args, learners: MultiTaskSAC, optimizers: dict, buffer: TaskReplay, task: int, weights: Tensor,
-                 rng: np.random.Generator) -> dict[str, Tensor]:
-    """Phase 1 on the active task and, unless it is switched off, phase 2 on all of them; what is logged.
-
-    The baselines are phase 1 as well: on batches of all tasks (mixed), or of one with networks of its own.
-    """
-    every, correcting = list(range(len(buffer.data))), args.method == "picor" and args.correction
-    mixed = args.method == "mtmhsac" or (args.method == "mtsac" and args.mtsac_batch == "mixed")
-    policy_tasks = every if mixed else [task]
-    critic_tasks = every if mixed or (args.method == "picor" and args.critic_batch == "all") else [task]
-    critic_rows, policy_rows = ([0] if args.method == "independent" else tasks
-                                for tasks in (critic_tasks, policy_tasks))
-
-    batch = buffer.sample(rng, critic_tasks, args.batch_size // len(critic_tasks))
-    alpha = learners.log_alpha.detach().exp()[critic_rows][:, None]
-    found = {"critic": critic_phase(learners, optimizers["critic"], batch, alpha, args.gamma)}
-    if correcting:                                                     # before phase 1 changes the policy
-        states = buffer.sample(rng, every, args.correction_states, args.recent)[0]
-        with torch.no_grad():
-            old = learners.actor(states)
-    obs = batch[0] if policy_tasks == critic_tasks else buffer.sample(rng, policy_tasks, args.batch_size)[0]
-    scale = len(every) * weights[task].item() if args.method == "picor" and not correcting else 1.0
-    found["actor"], log_prob = policy_phase(learners, optimizers["actor"], obs, policy_rows, scale)
-    if args.alpha_all:                                                 # also of the tasks whose turn it is not
-        policy_rows, log_prob = every, squash(*old, torch.randn_like(old[0]))[1]
-    temperature_phase(learners, optimizers, log_prob, policy_rows)
-    if correcting:
-        found |= correct(args, learners, optimizers["correction"], states, old, weights)
-    move_targets(learners, args.tau)
-    return found
+        loss = kl + 0.5 * args.penalty * shortfall.square()
+        descend(args, optimizer, agent.actor, lambda loss=loss: loss, None)
+    return found | {"kl": kl.detach(), "steps": torch.tensor(float(steps))}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
-def evaluate(args: Args, task_ids: list[int], act, frames: bool = False) -> dict:
-    """The first --eval-episodes episodes of every task in fresh environments, with generators of their own.
+def evaluate(args: Args, act, stopped=lambda: False, frames: list | None = None) -> dict[str, np.ndarray] | None:
+    """The first --eval-episodes episodes of every task, in environments with a generator of their own.
 
     Args:
         act: observations (T, O) -> actions (T, A).
-        frames: also render each task's first episode, every fourth step.
+        stopped: asked at every step; where it says so, there is no result.
+        frames: takes the pictures of all tasks, every fourth step, until each has ended its first episode.
     Returns:
-        returns, successes and what else the tasks report, (T, episodes) each; paths, the observations of each task's
-        first episode; frames.
+        return and success, (T, episodes) each.
     """
-    envs = make_envs(args, task_ids)
-    obs, _ = envs.reset(seed=args.seed + 10_000)
-    episodes, paths, film = [[] for _ in task_ids], [[first] for first in obs], []
-    with torch.random.fork_rng():                                      # the mixture draws noise: not from training's
-        torch.manual_seed(args.seed + 10_000)
-        while min(map(len, episodes)) < args.eval_episodes:
-            playing = [i for i in range(len(task_ids)) if not episodes[i]]     # still in their first episode
-            if frames and playing and len(paths[playing[0]]) % 4 == 1:
-                film.append([env.render() if i in playing else film[-1][i] for i, env in enumerate(envs.envs)])
-            obs, _, _, _, infos = envs.step(act(obs))
-            for i in playing:
-                paths[i].append(true_next_obs(obs, infos)[i])
-            for i, episode in finished_episodes(infos):
-                episodes[i].append(episode)
-    envs.close()
-    table = {key: np.array([[episode[key] for episode in row[:args.eval_episodes]] for row in episodes])
-             for key in episodes[0][0]}                                # (T, episodes) each
-    return table | {"returns": table["episodic_return"], "successes": table["success"],
-                    "paths": [np.array(path) for path in paths], "frames": film}
+    envs, episodes = make_envs(args, np.random.default_rng([args.seed, 1])), [[] for _ in args.tasks]
+    for t in itertools.count():
+        if stopped():
+            return None
+        if frames is not None and t % 4 == 0 and not all(episodes):
+            frames.append([env.render() for env in envs.envs])
+        for task, episode in envs.step(act(envs.obs))[-1].items():
+            episodes[task].append(episode)
+        if min(map(len, episodes)) >= args.eval_episodes:
+            break
+    rows = [row[:args.eval_episodes] for row in episodes]
+    return {"return": np.array([[episode["episodic_return"] for episode in row] for row in rows]),
+            "success": np.array([[episode["success"] for episode in row] for row in rows])}
 
 
-def make_picor_learners(args: Args, num_tasks: int, obs_size: int, action_size: int) -> nn.ModuleList:
-    """One set of networks for all tasks, or one for each if they are independent."""
-    layers = len(args.hidden_sizes) + 1
-
-    def make(tasks: int) -> MultiTaskSAC:
-        policy, critic = (tuple(range(layers - heads)) for heads in (
-            args.method == "mtmhsac", args.method == "mtmhsac" or args.critic_heads))
-        sizes = (tasks, obs_size, action_size, args.hidden_sizes)
-        learners = MultiTaskSAC(BoundedActor(*sizes, policy, "relu"), Critic(*sizes, critic, "relu"),
-                                Critic(*sizes, critic, "relu"), tasks, action_size)
-        learners.log_alpha.data.fill_(math.log(args.alpha_init))
-        return learners
-    return nn.ModuleList([make(1) for _ in range(num_tasks)] if args.method == "independent" else [make(num_tasks)])
+def make_optimizers(args: Args, agent: SAC) -> dict[str, torch.optim.Optimizer]:
+    """An Adam for the policy, for both critics, for the correction, and for each task's temperature."""
+    params = {"actor": agent.actor.parameters(), "critic": agent.critic.parameters()}
+    params |= {"correction": agent.actor.parameters()}
+    params |= {f"alpha{z}": [agent.log_alpha] for z in range(len(args.tasks))}
+    return {name: torch.optim.Adam(group, args.lr, fused=True) for name, group in params.items()}
 
 
-def make_picor_optimizers(args: Args, learners: MultiTaskSAC) -> dict[str, torch.optim.Optimizer]:
-    """Adams of SAC, one of its own for the correction, and one for each task's temperature.
-
-    The last ones exist because a shared Adam would forget a temperature's statistics while it is not its task's turn.
-    """
-    adam = partial(torch.optim.Adam, lr=args.lr, fused=True)
-    return learners.make_optimizers(args.lr, args.lr) | {"correction": adam(learners.actor.parameters())} | {
-        f"alpha{task}": adam([learners.log_alpha]) for task in range(len(learners.log_alpha))}
-
-
-def remember(collected: dict[str, list], names: list[str], found: dict[str, Tensor], weights: Tensor,
-             alpha: Tensor) -> None:
-    """Put what an update found beside what earlier ones did, by the keys of the log."""
-    per_task = {"method/{}/weight": weights, "losses/{}/alpha": alpha}
-    if "hinge" in found:                                               # the method has a correction
-        per_task["method/{}/advantage"] = found.pop("advantage")
-        collected["method/corrected"].append(float(found["hinge"] > 0))
-    for key, values in per_task.items():
-        for name, value in zip(names, values.tolist()):
-            collected[key.format(name)].append(value)
-    for key, value in found.items():
-        collected[f"{'losses' if key in ('critic', 'actor') else 'method'}/{key}"].append(value.mean().item())
+def load_teachers(args: Args, obs_size: int, action_size: int) -> tuple[nn.ModuleList, TaskReplay, int]:
+    """KTM-DRL's experts, one per task, from a run of --method independent, with its replay and its number of steps."""
+    wanted = {"method": "independent", "env": args.env, "tasks": list(args.tasks), "seed": args.seed,
+              "num_goals": args.num_goals}
+    path = (args.teachers or Path()) / "args.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))["args"] if path.exists() else {}
+    if wanted != {key: stored.get(key) for key in wanted}:
+        flags = f"--env {args.env} --method independent --tasks {' '.join(args.tasks)} --seed {args.seed}"
+        flags += f" --num-goals {args.num_goals}" if args.num_goals else ""
+        sys.exit(f"--method ktm needs --teachers RUN, the run folder of: python {Path(__file__).name} {flags}")
+    state, paths = load_checkpoint(args.teachers), {"resume": None, "evaluate": None, "device": args.device}
+    teachers = nn.ModuleList(make_agent(Args(**stored | paths), obs_size, action_size) for _ in args.tasks)
+    teachers.load_state_dict(state["agents"])
+    replay = TaskReplay([len(rows) for rows in state["buffer"]], obs_size, action_size, args.device)
+    replay.restore(state["buffer"])
+    return teachers, replay, state["global_step"]
 
 
-def train(args: Args) -> Path | None:
+def train(args: Args) -> Path:
     """Blocks of one task: act, phase 1, phase 2; returns the run folder."""
-    # Set-up ------------------------------------------------------------------------------------------------
-    device = pick_device(args.device)
-    random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
-    rng, task_rng = (np.random.default_rng(args.seed + offset) for offset in (0, 5_000))   # the same blocks in all arms
-    names, num_tasks = list(args.tasks), len(args.tasks)
-    task_ids, alone = list(range(num_tasks)), args.method == "independent"
-    envs = make_envs(args, task_ids)                                   # a sub-environment per task, stepped one by one
-    obs, _ = envs.reset(seed=args.seed)                                # (T, O); sub-environment i gets seed + i
-    obs_size, action_size = obs.shape[1], envs.single_action_space.shape[0]
-    learners = make_picor_learners(args, num_tasks, obs_size, action_size).to(device)
-    optimizers = [make_picor_optimizers(args, each) for each in learners]
+    torch.set_num_threads(args.threads)
+    if args.device == "cpu":          # oneDNN's products where MKL has no fast path; with AMX they round to bfloat16
+        torch.set_float32_matmul_precision("medium")
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)                             # starts, replay indices, random actions, orders
+    num_tasks, schedule = len(args.tasks), draw_schedule(args)
+    envs = [make_envs(args, rng, task) for task in range(num_tasks)]   # one is stepped at a time
+    obs_size, action_size = envs[0].obs.shape[1], ACTION_SIZES[args.env]
+    agents = nn.ModuleList(make_agent(args, obs_size, action_size)     # one for all tasks, or one for each, of which
+                           for _ in range(num_tasks if args.method == "independent" else 1))     # only its task's turn
+    optimizers = [make_optimizers(args, agent) for agent in agents]
+    if args.capture_video:
+        try:
+            envs[0].envs[0].render()
+        except Exception as error:                                     # whatever the OpenGL at hand raises
+            sys.exit(f"no OpenGL for pictures ({error}); set the environment variable MUJOCO_GL to egl or osmesa")
 
     @torch.no_grad()
-    def greedy(obs: np.ndarray) -> np.ndarray:
-        inputs = torch.as_tensor(obs, device=device)[:, None]          # (T, 1, O)
-        groups = zip(learners, inputs.split(1)) if alone else [(learners[0], inputs)]
-        return torch.cat([each.actor(x)[0] for each, x in groups]).tanh().squeeze(1).cpu().numpy()
+    def act(obs: np.ndarray, explore: bool = False) -> np.ndarray:
+        rows = torch.from_numpy(obs).to(args.device)[:, None].chunk(len(agents))           # (T, 1, O), or T of 1
+        mean, log_std = map(torch.cat, zip(*(agent.policy(row) for agent, row in zip(agents, rows))))
+        noise = torch.randn(mean.shape).to(mean) if explore else torch.zeros_like(mean)
+        return squash(mean, log_std, noise)[0].squeeze(1).cpu().numpy()
 
+    state = load_checkpoint(args.resume or args.evaluate) if args.resume or args.evaluate else {}
+    if state:
+        agents.load_state_dict(state["agents"])
     if args.evaluate:
-        learners.load_state_dict(load_checkpoint(args.evaluate)["learners"])
-        evaluation = evaluate(args, task_ids, greedy, frames=args.capture_video)
-        print_table(names, evaluation)
-        if args.capture_video:
-            save_animation(args.evaluate / "tasks.gif", names, evaluation["frames"])
+        frames = [] if args.capture_video else None
+        print_table(args.tasks, evaluate(args, act, frames=frames))
+        if frames:
+            save_animation(args.evaluate / "tasks.gif", frames)
         return args.evaluate
-
-    state = load_checkpoint(args.resume) if args.resume else {"global_step": 0, "seconds": 0.0}
-    global_step = state["global_step"]
-    if global_step > args.total_timesteps:
-        raise Failure(f"--resume {args.resume}: that run has {global_step:,} steps already; "
-                      f"give a larger --total-timesteps than {args.total_timesteps:,}")
-    capacity = min(args.buffer_size, args.total_timesteps)
-    buffer = TaskReplay(num_tasks, capacity, obs_size, action_size, device)
-    updates, task, block_left = np.zeros(num_tasks, np.int64), 0, 0
-    collected = defaultdict(list)
+    if args.method == "ktm":
+        teachers, teachers_replay, teachers_steps = load_teachers(args, obs_size, action_size)
+    buffer = TaskReplay([min(args.buffer_size, int(count)) for count in np.bincount(schedule, minlength=num_tasks)],
+                        obs_size, action_size, args.device)
+    run, global_step, at, offline = Run(args, args.env, args.tasks, state), 0, 0, 0        # at: place in the schedule
+    updates, watched, fill = [0] * num_tasks, defaultdict(list), num_tasks * args.learning_starts
     if args.resume:
-        learners.load_state_dict(state["learners"])
         for each, saved in zip(optimizers, state["optimizers"]):
             for name, optimizer in each.items():
                 optimizer.load_state_dict(saved[name])
-        buffer.num_added = state["num_added"].numpy().copy()
-        for i, rows in enumerate(state["buffer"]):
-            buffer.data[i, :len(rows)] = rows.to(device)
-        updates, task, block_left = state["updates"].numpy().copy(), state["task"], state["block_left"]
-        task_rng.bit_generator.state = json.loads(state["task_rng"])
-        collected |= {key: list(values) for key, values in state["collected"].items()}
-        obs = set_world(state["world"], envs, rng)
-    run = Run(args, names, global_step, state["seconds"])
+        global_step, at, offline, updates = (state[key] for key in ("global_step", "at", "offline", "updates"))
+        watched |= state["watched"]
+        buffer.restore(state["buffer"])
+        rng.bit_generator.state = json.loads(state["rng"])
+        torch.set_rng_state(state["torch_rng"])
+        if state["worlds"]:
+            for each, world in zip(envs, state["worlds"]):
+                each.obs, each.episodes = world["obs"].numpy(), world["episodes"]
+                each.envs[0].restore(world["simulator"])
+        else:
+            for each in envs:
+                each.reset()
+            at -= at % args.learning_starts if at < fill else (at - fill) % args.block_steps
+            tqdm.write("the simulators' states are not saved: the run goes on with fresh episodes, and a block anew")
 
     def save() -> None:
         """Everything that the next step reads."""
-        check_finite(global_step, dict(learners.named_parameters()))   # keeps the last good one
-        run.save(dict(
-            global_step=global_step, learners=learners.state_dict(), updates=torch.from_numpy(updates.copy()),
-            optimizers=[{name: optimizer.state_dict() for name, optimizer in each.items()} for each in optimizers],
-            world=get_world(envs, obs, rng), task_rng=json.dumps(task_rng.bit_generator.state), task=task,
-            num_added=torch.from_numpy(buffer.num_added.copy()), collected=dict(collected), block_left=block_left,
-            buffer=[rows[:count].clone().cpu() for rows, count in zip(buffer.data, buffer.num_added)]))
+        worlds = [dict(obs=torch.from_numpy(each.obs), episodes=each.episodes, simulator=each.envs[0].get_state())
+                  for each in envs if hasattr(each.envs[0], "get_state")]      # Meta-World's cannot be saved
+        run.save(global_step, dict(
+            agents=agents.state_dict(), at=at, offline=offline, updates=updates, watched=dict(watched), worlds=worlds,
+            optimizers=[{name: opt.state_dict() for name, opt in each.items()} for each in optimizers],
+            buffer=buffer.get_state(), rng=json.dumps(rng.bit_generator.state), torch_rng=torch.get_rng_state()))
 
+    weights = torch.full((num_tasks,), 1 / num_tasks, device=args.device)
     if not args.resume:
         save()                                                         # from here on a killed run can be resumed
-
-    fill = num_tasks * args.learning_starts
-    while global_step < args.total_timesteps and not run.stop_signal:
-        # The task of this block ----------------------------------------------------------------------------
-        if block_left == 0:
-            if global_step < fill:                                     # all tasks in turn, so that none is unknown
-                task, block_left = global_step // args.learning_starts, args.learning_starts
-            else:
-                in_turn = (task + 1) % num_tasks
-                task = in_turn if args.task_order == "cycle" else int(task_rng.integers(num_tasks))
-                block_left = args.block_steps
-        learner, row = (learners[task], 0) if alone else (learners[0], task)
-
-        # Act in it, log what ended, store --------------------------------------------------------------------
-        if global_step < fill:
-            action = rng.uniform(-1, 1, action_size).astype(np.float32)
-        else:
-            with torch.no_grad():
-                mean, log_std = of_tasks(learner.actor, [row])(torch.as_tensor(obs[task], device=device)[None, None])
-                action = squash(mean, log_std, torch.randn_like(mean))[0].flatten().cpu().numpy()
-        env = envs.envs[task]
-        next_obs, reward, terminated, truncated, info = env.step(action)
-        buffer.add(task, obs[task], action, reward, next_obs, terminated)
-        obs[task] = next_obs
-        previous_step, global_step, block_left = global_step, global_step + 1, block_left - 1
-        if terminated or truncated:
-            run.add(f"tasks/{names[task]}", {"episodic_return": float(info["episode"]["r"]),
-                                             "episodic_length": int(info["episode"]["l"]),
-                                             "success": float(info["success"])})
-            obs[task], _ = env.reset()
-
-        # Update: phase 1 on this task, phase 2 on all -------------------------------------------------------
-        if global_step > fill:
-            alpha = torch.cat([each.log_alpha.detach().exp() for each in learners])
-            weights = torch.full_like(alpha, 1 / num_tasks)
-            if args.method == "picor" and args.adaptive_weights and updates.min() >= args.weight_warmup:
-                weights = task_weights(alpha, args.weight_tau)
-            found = picor_update(args, learner, optimizers[task if alone else 0], buffer, task, weights, rng)
-            updates[task] += 1
-            remember(collected, names, found, weights, alpha)
-
-        # Log, evaluate, save --------------------------------------------------------------------------------
-        evaluate_now = crossed(previous_step, global_step, args.eval_every) or global_step >= args.total_timesteps
-        if crossed(previous_step, global_step, LOG_EVERY) or evaluate_now:
-            means = {key: float(np.mean(values)) for key, values in collected.items()}
-            check_finite(global_step, {key: torch.tensor(value) for key, value in means.items()}
-                         | dict(learners.named_parameters()))
-            for key, value in means.items():
-                group, name = key.split("/", 1)
-                run.add(group, {name: value})
-            collected.clear()
-            latest = means
-        if evaluate_now:
-            columns = {f"{name}/weight": latest.get(f"method/{name}/weight", 1 / num_tasks) for name in names}
-            columns |= {f"{name}/updates": int(count) for name, count in zip(names, updates)}
-            columns |= {key: latest.get(f"method/{key}", math.nan) for key in ("hinge", "kl", "corrected", "steps")}
-            run.log_evaluation(global_step, evaluate(args, task_ids, greedy), columns)
-        if crossed(previous_step, global_step, LOG_EVERY) or evaluate_now:
-            run.write(global_step)
-        if crossed(previous_step, global_step, args.checkpoint_every):
+    if args.method == "ktm":
+        tqdm.write(f"teachers: {teachers_steps:,} environment steps; first {args.offline_updates:,} updates on those")
+    while offline < (args.offline_updates or 0) and not run.stop.is_set():     # KTM-DRL's first phase
+        task, offline = offline % num_tasks, offline + 1
+        losses, _ = update(args, agents[0], optimizers[0], teachers_replay, task, weights, rng, teachers[task], True)
+        run.log("offline", {name: loss.mean().cpu() for name, loss in losses.items()})
+        if offline == args.offline_updates:                            # its second one begins with these
+            agents[0].target.load_state_dict(agents[0].critic.state_dict())
+            optimizers[0] = make_optimizers(args, agents[0])
+        if offline % args.checkpoint_every == 0:
             save()
+            tqdm.write(f"offline update {offline:,}/{args.offline_updates:,}")
+    while True:
+        # Evaluate: first, so that a run that was stopped during an evaluation makes it up ---------------------
+        if run.due(global_step):
+            frames = [] if args.capture_video and global_step >= args.total_timesteps else None
+            result = evaluate(args, act, run.stop.is_set, frames)
+            if result is not None:
+                extra = {key: float(np.mean(values)) for key, values in watched.items()}
+                extra |= {f"{name}/updates": count for name, count in zip(args.tasks, updates)}
+                watched.clear()
+                run.log_evaluation(global_step, result, extra)
+        if global_step >= args.total_timesteps or run.stop.is_set():
+            break
 
-    # Finish --------------------------------------------------------------------------------------------------
-    if run.saved_at != global_step:
-        save()
-    if not run.stop_signal:
-        evaluation = evaluate(args, task_ids, greedy, frames=args.capture_video)
-        plot_weights(run.dir, names)
+        # Act in the active task, store ------------------------------------------------------------------------
+        task, filling = int(schedule[at]), at < fill
+        obs = np.concatenate([each.obs for each in envs])              # (T, O)
+        if filling and args.method != "ktm":
+            action = rng.uniform(-1, 1, action_size)
+        else:
+            action = act(obs, explore=True)[task]
+        next_obs, rewards, terminations, ended = envs[task].step(action[None])             # of one task
+        global_step, at = global_step + 1, at + 1
+        buffer.add(task, obs[task], action, rewards[0], next_obs[0], terminations[0])
+        for episode in ended.values():
+            run.log(f"tasks/{args.tasks[task]}", episode)
+
+        # Update: phase 1 on this task, phase 2 on all ---------------------------------------------------------
+        if not filling and global_step % args.update_every == 0:
+            log_alpha = torch.stack([agents[z % len(agents)].log_alpha[z].detach() for z in range(num_tasks)])
+            if args.method == "soft-modules":                          # the nearly solved weigh more
+                weights = torch.softmax(-log_alpha, dim=0)
+            elif args.weight_tau and min(updates) >= args.weight_warmup:
+                weights = task_weights(log_alpha.exp(), args.weight_tau)
+            which, teacher = task % len(agents), teachers[task] if args.method == "ktm" else None
+            losses, found = update(args, agents[which], optimizers[which], buffer, task, weights, rng, teacher)
+            updates[task] += 1
+            run.log("losses", {name: loss.mean().cpu() for name, loss in losses.items()})
+            run.log("losses", {"alpha": log_alpha.exp().cpu()})
+            run.log("method", {name: value.cpu() for name, value in found.items()} | {"weight": weights.cpu()})
+            for name in ("hinge", "corrected", "kl", "steps") if found else ():
+                watched[name].append(found[name].item())
+            for name, weight in zip(args.tasks, weights.tolist()):
+                watched[f"{name}/weight"].append(weight)
+
+        if crossed(global_step - 1, global_step, LOG_EVERY):
+            run.write(global_step)
+        if crossed(global_step - 1, global_step, args.checkpoint_every):
+            save()
+    save()
+    if not run.stop.is_set():
+        plot_weights(run.dir, args.tasks)
+        print_table(args.tasks, result)
+        if args.method == "ktm":
+            print(f"{global_step:,} environment steps, {global_step + teachers_steps:,} with those of the teachers")
         if args.capture_video:
-            save_animation(run.dir / "tasks.gif", names, evaluation["frames"])
-        print_table(names, evaluation)
+            save_animation(run.dir / "tasks.gif", frames)
     run.close()
     return run.dir
 
@@ -965,326 +970,186 @@ def train(args: Args) -> Path | None:
 # Pictures of the method
 # ---------------------------------------------------------------------------------------------------------------------
 def plot_weights(folder: Path, names: list[str]) -> None:
-    """weights.png from metrics.csv: task weights over training (the paper's Figure 4), and how much is corrected."""
+    """weights.png from metrics.csv: the tasks' weights over training (Figure 4), and how much is corrected."""
     table = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True, deletechars="", ndmin=1)
+    if "corrected" not in table.dtype.names:
+        return
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name in names:
         left.plot(table["global_step"], table[f"{name}/weight"], label=name)
-    left.set(xlabel="environment steps, summed over tasks", ylabel="weight of the task", ylim=(0, 1))
-    left.xaxis.set_major_formatter(EngFormatter(sep=""))
+    left.set(xlabel=STEPS, ylabel="weight of the task", ylim=(0, 1))
     left.legend(frameon=False, fontsize=8)
     right.plot(table["global_step"], table["corrected"])
-    right.set(xlabel="environment steps, summed over tasks", ylabel="share of updates with a correction", ylim=(0, 1))
-    right.xaxis.set_major_formatter(EngFormatter(sep=""))
-    if np.nanmax(table["kl"], initial=0) > 0:
-        kl = right.twinx()
-        kl.semilogy(table["global_step"], table["kl"], color="C1", linestyle="--")
-        kl.set_ylabel("KL from phase 1's policy [nats], dashed")
+    right.set(xlabel=STEPS, ylabel="share of updates with a correction", ylim=(0, 1))
+    kl = right.twinx()
+    kl.plot(table["global_step"], table["kl"], color="C1", linestyle="--")
+    kl.set_ylabel("KL from phase 1's policy [nats], dashed")
+    for axis in (left, right):
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.savefig(folder / "weights.png", dpi=120)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Shared blocks: the same text in every script
+# Run folder: the same text in every script
 # ---------------------------------------------------------------------------------------------------------------------
-class Failure(Exception):
-    """What the user can mend: shown as one message without a traceback; the program ends with `status`."""
-
-    def __init__(self, message: str, status: int = 2):
-        super().__init__(message)
-        self.status = status
-
-
 def crossed(before: int, after: int, period: int) -> bool:
     """Whether a multiple of `period` lies in (before, after]: the step counter grows by more than one."""
     return after // period > before // period
 
 
-def pick_device(name: str) -> torch.device:
-    """auto takes cuda if present, else cpu."""
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    try:
-        torch.zeros(1, device=device)
-    except (AssertionError, RuntimeError) as error:
-        raise Failure(f"--device {name}: PyTorch {torch.__version__} finds none here; use --device auto") from error
-    return device
+class Run:
+    """A run's folder and voice: args.json, metrics.csv, TensorBoard, checkpoint.pt, progress bar, stop signals."""
+
+    def __init__(self, args: Args, family: str, names: list[str], state: dict):
+        """`family` begins the folder's name; `names` are the tasks'; `state` is the checkpoint to go on from, or {}."""
+        self.args, self.names, self.pending, self.rows = args, names, defaultdict(list), state.get("rows", [])
+        self.started, first_step = time.time() - state.get("seconds", 0.0), state.get("global_step", 0)
+        if first_step >= args.total_timesteps:
+            sys.exit(f"{args.resume} has {first_step:,} steps already; give a larger --total-timesteps")
+        stem = f"{family}__{Path(__file__).stem}__{args.method}__s{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+        self.dir = args.resume or args.runs_dir / stem
+        self.dir.mkdir(parents=True, exist_ok=args.resume is not None)
+        self.lock = FileLock(self.dir / "lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            sys.exit(f"another process still writes to {self.dir}; stop it first")
+        about = json.loads((self.dir / "args.json").read_text(encoding="utf-8")) if args.resume else {"commands": []}
+        about |= {"script": Path(__file__).stem, "args": asdict(args),
+                  "versions": {package.name: package.version for package in distributions()}}
+        about["commands"].append(shlex.join(["python", *sys.argv]))
+        (self.dir / "args.json").write_text(json.dumps(about, indent=2, default=str), encoding="utf-8")
+        self.write_rows()                                              # drops what came after the checkpoint
+        self.writer = SummaryWriter(self.dir, purge_step=first_step + 1)
+        self.bar = tqdm(total=args.total_timesteps, initial=first_step, unit="step", unit_scale=True, disable=None)
+        self.stop, self.handlers = threading.Event(), {}
+        for number in (signal.SIGINT, signal.SIGTERM):                 # not those that nohup and the like ignore
+            if threading.current_thread() is threading.main_thread() and signal.getsignal(number) != signal.SIG_IGN:
+                self.handlers[number] = signal.signal(number, self.on_signal)
+        tqdm.write(f"writing to {self.dir}")
+
+    def on_signal(self, number, frame) -> None:
+        """First Ctrl-C or SIGTERM: finish this step or leave this evaluation, save, end. Second: end at once."""
+        os.write(2, b"\nstopping after a checkpoint; a second signal stops at once\n")       # print may be half-way
+        self.stop_signal = number
+        self.stop.set()
+        signal.signal(number, self.handlers[number])
+
+    def log(self, group: str, values: dict) -> None:
+        """Collect numbers, or one per task, (T,): `write` sends means to group/key and group/<task>/key."""
+        for key, value in values.items():
+            self.pending[group, key].append(np.asarray(value))
+
+    def write(self, global_step: int) -> None:
+        """What has come since the last call, to TensorBoard; the end of the run where it is not finite."""
+        self.log("charts", {"SPS": global_step / (time.time() - self.started)})
+        for (group, key), values in self.pending.items():
+            mean = np.mean(values, axis=0)                             # () or (T,)
+            if not np.isfinite(mean).all():
+                sys.exit(f"{group}/{key} is not finite at step {global_step:,}; {self.dir / 'checkpoint.pt'} is from "
+                         "before that. A smaller --lr is the usual remedy")
+            self.writer.add_scalar(f"{group}/{key}", mean.mean(), global_step)
+            for name, value in zip(self.names, mean) if mean.ndim else ():
+                self.writer.add_scalar(f"{group}/{name}/{key}", value, global_step)
+        self.pending.clear()
+        self.bar.update(global_step - self.bar.n)
+
+    def due(self, global_step: int) -> bool:
+        """Whether an evaluation is due: a multiple of --eval-every after the last row of metrics.csv, or the end."""
+        last, total = self.rows[-1]["global_step"] if self.rows else 0, self.args.total_timesteps
+        return crossed(last, global_step, self.args.eval_every) or last < total <= global_step
+
+    def log_evaluation(self, global_step: int, result: dict[str, np.ndarray], extra: dict[str, float]) -> None:
+        """A row of metrics.csv, for TensorBoard and the reader, too; `result` has "return" and more, (T, episodes)."""
+        row = {f"mean_{kind}": values.mean() for kind, values in result.items()}
+        row |= {f"{name}/{kind}": row.mean() for kind, rows in result.items() for name, row in zip(self.names, rows)}
+        row = {key: float(f"{value:.6g}") for key, value in (row | extra).items()}
+        seconds = time.time() - self.started
+        self.rows.append({"global_step": global_step, "seconds": round(seconds, 1)} | row)
+        self.write_rows()
+        self.log("eval", row)
+        self.write(global_step)
+        means = "  ".join(f"{kind} {values.mean():.2f}" for kind, values in result.items())
+        tqdm.write(f"step {global_step:,}/{self.args.total_timesteps:,}  {means}  {global_step / seconds:,.0f} steps/s")
+
+    def write_rows(self) -> None:
+        """metrics.csv, whole."""
+        with open(self.dir / "metrics.csv", "w", newline="", encoding="utf-8") as file:
+            columns = dict.fromkeys(key for row in self.rows for key in row)         # later rows may have more
+            table = csv.DictWriter(file, columns or ["global_step", "seconds"])
+            table.writeheader()
+            table.writerows(self.rows)
+
+    def save(self, global_step: int, state: dict) -> None:
+        """Write the checkpoint beside, then rename: a killed run leaves the previous one or this one, never half."""
+        self.write(global_step)                                        # ends the run where something is not finite
+        state |= {"global_step": global_step, "rows": self.rows, "seconds": time.time() - self.started}
+        torch.save(state, self.dir / "checkpoint.tmp")
+        os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
+
+    def close(self) -> None:
+        """Draw the curves, say where everything is; after a signal, end with the exit status that it stands for."""
+        self.bar.close(), self.writer.close(), self.lock.release()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.rows:
+            plot_curves(self.dir, self.names)
+        if self.stop.is_set():
+            print(f"stopped; go on with: {shlex.join(['python', sys.argv[0], '--resume', str(self.dir)])}")
+            sys.exit(128 + self.stop_signal)
+        print(f"run folder: {self.dir}")
 
 
-def check_finite(global_step: int, tensors: dict[str, Tensor]) -> None:
-    """Stop on a loss or a parameter that is not finite; the last checkpoint is older and good."""
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise Failure(f"{name} is not finite at step {global_step:,}; the last checkpoint is from before that. "
-                          "A smaller --lr is the usual remedy", status=1)
+def plot_curves(folder: Path, names: list[str]) -> None:
+    """curves.png from metrics.csv: success and return over steps, the mean thick, each task thin."""
+    table = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True, deletechars="", ndmin=1)
+    kinds = [kind for kind in ("success", "return") if f"mean_{kind}" in table.dtype.names]
+    figure = Figure(figsize=(2 + 4.5 * len(kinds), 4), layout="constrained")
+    for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
+        for i, name in enumerate(names):
+            axis.plot(table["global_step"], table[f"{name}/{kind}"], ("-", "--", ":")[i // 10 % 3], lw=0.8, label=name)
+        axis.plot(table["global_step"], table[f"mean_{kind}"], "k", lw=2.5, label="mean")
+        axis.set(xlabel=STEPS, ylabel=f"evaluated {kind}")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
+    figure.savefig(folder / "curves.png", dpi=120)
 
 
-COUNTERS = ("_elapsed_steps", "episode_returns", "episode_lengths")    # of TimeLimit and RecordEpisodeStatistics
-
-
-def get_world(envs: SyncVectorEnv, obs: np.ndarray, rng: np.random.Generator) -> dict:
-    """What a resumed run needs beside its networks and data: generators, observations, simulators if they can tell."""
-    simulators = [dict(state=env.unwrapped.get_state(), rng=json.dumps(env.unwrapped.np_random.bit_generator.state),
-                       counters=[float(env.get_wrapper_attr(name)) for name in COUNTERS])
-                  for env in envs.envs if hasattr(env.unwrapped, "get_state")]
-    return {"numpy": json.dumps(rng.bit_generator.state), "torch": torch.get_rng_state(), "simulators": simulators,
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [], "obs": torch.from_numpy(obs)}
-
-
-def set_world(world: dict, envs: SyncVectorEnv, rng: np.random.Generator) -> np.ndarray:
-    """Undo `get_world`; returns the observations to act on, which are of fresh episodes if no simulator could tell."""
-    rng.bit_generator.state = json.loads(world["numpy"])
-    torch.set_rng_state(world["torch"])
-    if world["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(world["cuda"][:torch.cuda.device_count()])
-    for env, simulator in zip(envs.envs, world["simulators"]):
-        env.unwrapped.set_state(simulator["state"])
-        env.unwrapped.np_random.bit_generator.state = json.loads(simulator["rng"])
-        for name, value in zip(COUNTERS, simulator["counters"]):
-            env.set_wrapper_attr(name, value)
-    if world["simulators"]:
-        return world["obs"].numpy()
-    print("the simulator's state cannot be saved: the run goes on with fresh episodes")
-    return envs.reset(seed=int(rng.integers(2**31)))[0]                # not those that the run began with
-
-
-def write_whole(path: Path, write) -> None:
-    """Call `write(temporary path)`, then rename: a killed run leaves the previous file or the new one, never half."""
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        write(tmp)
-        os.replace(tmp, path)
-    except (OSError, RuntimeError) as error:                           # torch.save makes a full disk a RuntimeError
-        free = shutil.disk_usage(path.parent).free / 2**20
-        tmp.unlink(missing_ok=True)
-        raise Failure(f"cannot write {path}, with {free:.1f} MB free there ({error}). What was saved before is intact: "
-                      f"free some space, then --resume {path.parent}", status=1) from error
+def print_table(names: list[str], result: dict[str, np.ndarray]) -> None:
+    """One row per task and one for all: means over episodes, and the standard deviation of the return."""
+    print(f"{'task':<24}" + "".join(f"{kind:>12}" for kind in result) + f"{'return +-':>12}")
+    for i, name in enumerate([*names, "all"]):
+        row = {kind: values[i] if i < len(names) else values for kind, values in result.items()}
+        print(f"{name:<24}" + "".join(f"{x.mean():>12.2f}" for x in row.values()) + f"{row['return'].std():>12.2f}")
 
 
 def load_checkpoint(folder: Path) -> dict:
     """The checkpoint of a run folder, on the CPU."""
     try:
         return torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise Failure(f"{folder} has no checkpoint.pt: the run ended before its first one; start it again") from None
-    except Exception as error:                                         # whatever a damaged file raises
-        raise Failure(f"{folder / 'checkpoint.pt'} is damaged ({type(error).__name__}); bring back a copy of it, or "
-                      "start the run again") from error
+    except Exception as error:                                         # missing, or whatever a damaged file raises
+        sys.exit(f"{folder} has no checkpoint.pt that can be read ({type(error).__name__}); give the folder of a run")
 
 
-def print_table(names: list[str], evaluation: dict) -> None:
-    """One row per task and one for all: mean return with its standard deviation over episodes, and success."""
-    returns, successes = evaluation["returns"], evaluation["successes"]
-    print(f"{'task':<24}{'return':>10}{'+-':>9}{'success':>9}   ({returns.shape[1]} episodes each)")
-    for name, episodic_returns, success in zip([*names, "all"], [*returns, returns], [*successes, successes]):
-        print(f"{name:<24}{episodic_returns.mean():>10.1f}{episodic_returns.std():>9.1f}{success.mean():>9.2f}")
-
-
-def save_animation(path: Path, names: list[str], frames: list[list[np.ndarray]]) -> None:
-    """All tasks side by side as an animated GIF, which any browser shows: one list of (H, W, 3) images per frame."""
-    columns, (height, width, _) = math.ceil(math.sqrt(len(names))), frames[0][0].shape
-    film = []
-    for images in frames:
-        film.append(Image.new("RGB", (columns * (width + 4), -(-len(names) // columns) * (height + 16)), "white"))
-        for i, (name, image) in enumerate(zip(names, images)):
-            x, y = i % columns * (width + 4), i // columns * (height + 16)
-            ImageDraw.Draw(film[-1]).text((x + 2, y + 2), name, fill="black")
-            film[-1].paste(Image.fromarray(image), (x, y + 14))
-    write_whole(path, lambda tmp: film[0].save(tmp, "GIF", save_all=True, append_images=film[1:], duration=60, loop=0))
-    print(f"wrote {path}")
-
-
-def ray_cast(model: mujoco.MjModel, data: mujoco.MjData, target: tuple, distance: float, azimuth: float,
-             elevation: float, size: int = 160) -> np.ndarray:
-    """Picture (size, size, 3) of a MuJoCo scene by casting one ray per pixel: slow, but needs no screen and no OpenGL.
-
-    Args:
-        target: point in the middle of the picture [m]; the camera is `distance` away, at two angles [degrees].
-    """
-    a, e = math.radians(azimuth), math.radians(elevation)
-    forward = np.array([math.cos(e) * math.cos(a), math.cos(e) * math.sin(a), math.sin(e)])
-    right = np.array([math.sin(a), -math.cos(a), 0.0])
-    span = 0.4 * np.linspace(-1, 1, size)                              # a field of view of 44 degrees
-    rays = forward + span[None, :, None] * right - span[:, None, None] * np.cross(right, forward)
-    rays /= np.linalg.norm(rays, axis=-1, keepdims=True)
-    eye, geom, depth = np.array(target) - distance * forward, np.empty(size**2, np.int32), np.empty(size**2)
-    visible = np.array([1, 1, 1, 0, 0, 0], np.uint8)                   # groups of geoms, as MuJoCo's viewer has them
-    mujoco.mj_multiRay(model, data, eye, rays.ravel(), visible, 1, -1, geom, depth, size**2, mujoco.mjMAXVAL)
-    geom, points = geom.reshape(size, size), eye + rays * depth.reshape(size, size, 1)
-    normal = np.cross(np.gradient(points, axis=1), np.gradient(points, axis=0))
-    normal /= np.linalg.norm(normal, axis=-1, keepdims=True) + 1e-12
-    light = 0.4 + 0.6 * np.abs(normal @ (0.3, -0.5, 0.8))[..., None]
-    material = model.geom_matid[:, None]
-    colour = np.where(material >= 0, model.mat_rgba[material[:, 0]] if model.nmat else 0.0, model.geom_rgba)[:, :3]
-    return (255 * np.where(geom[..., None] >= 0, colour[geom] * light, 1.0).clip(0, 1)).astype(np.uint8)
-
-
-def plot_curves(folder: Path, names: list[str]) -> None:
-    """curves.png from metrics.csv: success and return over environment steps, the mean thick, each task thin."""
-    table = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True, deletechars="", ndmin=1)
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for axis, kind in zip(axes, ("success", "return")):
-        for i, name in enumerate(names):
-            axis.plot(table["global_step"], table[f"{name}/{kind}"], ("-", "--", ":")[i // 10 % 3], linewidth=0.8,
-                      label=name)
-        axis.plot(table["global_step"], table[f"mean_{kind}"], "k", linewidth=2.5, label="mean")
-        axis.set(xlabel="environment steps, summed over tasks", ylabel=f"evaluated {kind}")
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
-    figure.savefig(folder / "curves.png", dpi=120)
-
-
-class Run:
-    """A run's folder and voice: args.json, metrics.csv, TensorBoard, checkpoint.pt, progress line, stop signals."""
-
-    def __init__(self, args: Args, names: list[str], global_step: int = 0, seconds: float = 0.0):
-        self.args, self.names, self.pending, self.stop_signal, self.saved_at = args, names, defaultdict(list), 0, None
-        self.start_step, self.earlier_seconds, self.started = global_step, seconds, time.perf_counter()
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        script, about = Path(__file__), {"commands": []}
-        if args.resume:
-            self.dir, about = args.resume, json.loads((args.resume / "args.json").read_text())
-        else:
-            stem = f"{args.env}__{script.stem}__{args.method}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-            self.dir, number = args.runs_dir / stem, 1
-            while self.dir.exists():                                   # by another run that began in the same second
-                number += 1
-                self.dir = args.runs_dir / f"{stem}-{number}"
-            try:
-                self.dir.mkdir(parents=True)
-            except OSError as error:
-                raise Failure(f"--runs-dir {args.runs_dir}: cannot make {self.dir} ({error.strerror})") from error
-        self.metrics = self.dir / "metrics.csv"
-        if args.resume:
-            text = self.metrics.read_text() if self.metrics.exists() else ""
-            rows = [row for row in text.splitlines(keepends=True) if row[-1] == "\n"]           # no torn last row
-            keep = rows[:1] + [row for row in rows[1:] if int(row.split(",")[0]) <= global_step]
-            write_whole(self.metrics, lambda tmp: tmp.write_text("".join(keep)))   # the rest is about to be repeated
-        pinned = re.findall(r'"([\w-]+)[^"]*==', script.read_text().split("# ///")[1])
-        self.settings = json.loads(json.dumps(asdict(args), default=str))              # paths become text
-        about |= {"script": script.stem, "args": self.settings, "versions": {name: version(name) for name in pinned}}
-        about["commands"].append(" ".join(sys.argv))
-        write_whole(self.dir / "args.json", lambda tmp: tmp.write_text(json.dumps(about, indent=2) + "\n"))
-        print(f"writing to {self.dir}", flush=True)
-        self.writer = SummaryWriter(self.dir, purge_step=global_step + 1)
-        self.bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True,
-                        disable=not sys.stderr.isatty())
-
-    def on_signal(self, number, frame) -> None:
-        """First Ctrl-C or SIGTERM: finish this step, save, end. Second: end at once."""
-        self.stop_signal = number
-        signal.signal(number, signal.SIG_DFL)
-
-    def add(self, group: str, values: dict[str, float]) -> None:
-        """Collect scalars for TensorBoard under group/key; `write` logs the mean of each."""
-        for key, value in values.items():
-            self.pending[f"{group}/{key}"].append(value)
-
-    def write(self, global_step: int) -> None:
-        """Send to TensorBoard what has come since the last call; move the progress line."""
-        returns = [np.mean(self.pending[key]) for key in self.pending if key.endswith("/episodic_return")]
-        self.add("charts", {"episodic_return": np.mean(returns)} if returns else {})
-        self.add("charts", {"SPS": self.speed(global_step)})
-        for key, values in self.pending.items():
-            self.writer.add_scalar(key, np.mean(values), global_step)
-        self.pending.clear()
-        self.bar.update(global_step - self.bar.n)
-
-    def speed(self, global_step: int) -> float:
-        """Environment steps per second of this process."""
-        return (global_step - self.start_step) / (time.perf_counter() - self.started)
-
-    def seconds(self) -> float:
-        """Wall time of the run, earlier processes included."""
-        return self.earlier_seconds + time.perf_counter() - self.started
-
-    def log_evaluation(self, global_step: int, evaluation: dict, extra: dict[str, float]) -> None:
-        """A row of metrics.csv, the same to TensorBoard under eval/, and a line for the reader."""
-        means = {"return": evaluation["returns"].mean(1), "success": evaluation["successes"].mean(1)}   # (T,) each
-        row = {f"mean_{kind}": values.mean() for kind, values in means.items()}
-        row |= {f"{name}/{kind}": values[i] for i, name in enumerate(self.names) for kind, values in means.items()}
-        row |= extra
-        with open(self.metrics, "a") as file:
-            if file.tell() == 0:
-                file.write(",".join(["global_step", "seconds", *row]) + "\n")
-            values = ",".join(f"{value:.6g}" if isinstance(value, float) else str(value) for value in row.values())
-            file.write(f"{global_step},{self.seconds():.1f},{values}\n")
-        self.add("eval", row)
-        summary = f"return {row['mean_return']:.1f}  success {row['mean_success']:.2f}"
-        self.bar.set_postfix_str(summary)
-        if self.bar.disable:                                           # not a terminal
-            total, speed = self.args.total_timesteps, self.speed(global_step)
-            print(f"step {global_step:,}/{total:,}  {summary}  {speed:,.0f} steps/s  "
-                  f"{(total - global_step) / speed / 60:.1f} min left", flush=True)
-
-    def save(self, state: dict) -> None:
-        """Write the checkpoint: whatever happens, `--resume` finds the previous one or this one."""
-        state |= {"args": self.settings, "seconds": self.seconds()}
-        write_whole(self.dir / "checkpoint.pt", partial(torch.save, state))
-        self.saved_at = state["global_step"]
-
-    def close(self) -> None:
-        """Draw the curves, say where everything is; after a signal, end with the exit status that it stands for."""
-        self.bar.close()
-        self.writer.close()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if self.metrics.exists() and self.metrics.stat().st_size:
-            plot_curves(self.dir, self.names)
-        if self.stop_signal:
-            print(f"stopped at step {self.saved_at:,}; go on with: python {sys.argv[0]} --resume {self.dir}")
-            sys.exit(128 + self.stop_signal)
-        print(f"run folder: {self.dir}")
-
-
-MAY_CHANGE = {"total_timesteps", "device", "eval_every", "eval_episodes", "checkpoint_every", "capture_video",
-              "runs_dir", "resume", "evaluate"}                        # between a run and its continuation
-
-
-def read_args(settings: type, argv: list[str] | None = None):
+def read_args(argv: list[str] | None = None) -> Args:
     """Settings from the command line; with --resume or --evaluate those of that run, with the command line on top."""
-    args = tyro.cli(settings, args=argv)
-    folder, flag = args.resume or args.evaluate, "--resume" if args.resume else "--evaluate"
-    if folder is None:
+    args = tyro.cli(Args, args=argv)
+    if (folder := args.resume or args.evaluate) is None:
         return args
-    if args.resume and args.evaluate:
-        raise Failure("--resume goes on training and --evaluate does not: give one of them")
     try:
-        about = json.loads((folder / "args.json").read_text())
+        about = json.loads((folder / "args.json").read_text(encoding="utf-8"))
         if about["script"] != Path(__file__).stem:
-            raise Failure(f"{flag} {folder}: that run was made by {about['script']}.py; use that script")
-        stored = {key: tuple(v) if isinstance(v, list) else v for key, v in about["args"].items()}     # JSON has lists
-        if args.evaluate:
-            stored["capture_video"] = False                            # a picture is drawn when it is asked for
-        stored = settings(**stored | {"runs_dir": Path(stored["runs_dir"]), "resume": None, "evaluate": None})
+            sys.exit(f"{folder} was made by {about['script']}.py; use that script")
+        stored = Args(**about["args"] | {"resume": None, "evaluate": None, "capture_video": False})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Failure(f"{flag} {folder}: no args.json there that this version can read ({error}); "
-                      f"give a run folder, such as those below {args.runs_dir}/") from error
-    args = tyro.cli(settings, args=argv, default=stored)
-    for name, value in asdict(args).items():
-        may_change = name in MAY_CHANGE or (args.evaluate and name.startswith("eval"))
-        if not may_change and value != getattr(stored, name):
-            raise Failure(f"{flag} {folder}: that run was made with --{name.replace('_', '-')} "
-                          f"{getattr(stored, name)}, not {value}; leave the flag out, or start a new run")
+        sys.exit(f"{folder} has no args.json that this version can read ({error}); give the folder of a run")
+    args = tyro.cli(Args, args=argv, default=stored)
+    for name in FIXED - ({"seed"} if args.evaluate else set()):
+        if getattr(args, name) != getattr(stored, name):
+            sys.exit(f"{folder} was made with --{name.replace('_', '-')} {getattr(stored, name)}; leave the flag out")
     return args
 
 
-def run_script(settings: type, main) -> None:
-    """Read the settings, call `main`, and turn what the user can mend into one message."""
-    try:
-        main(read_args(settings))
-    except Failure as failure:
-        print(f"{Path(sys.argv[0]).name}: {failure}", file=sys.stderr)
-        sys.exit(failure.status)
-    except ModuleNotFoundError as error:                               # one that is imported where it is used
-        print(f"{Path(sys.argv[0]).name}: these settings need the package {error.name}, which is not installed; the "
-              "first lines of this file list all of them, and uv run installs them", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}; the last checkpoint is intact. Free some space, or make the run "
-              "folder writable, then --resume it", file=sys.stderr)
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    run_script(Args, train)
+    train(read_args())
