@@ -373,7 +373,7 @@ def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor
     return torch.tanh(u), (gaussian - log_derivative).sum(-1)
 
 
-def task_gradients(net: ModularMLP, loss_of) -> tuple[list[Tensor], Tensor]:
+def task_gradients(net: nn.Module, loss_of) -> tuple[list[Tensor], Tensor]:
     """Each task's gradient by itself, as if every task had a network of its own.
 
     Args:

@@ -15,7 +15,7 @@ task moves: a policy keeps its weights and all of its replay. tabular_em.py is t
     E-step: G[t, i], return of policy i on task t        play_pairs
     assignment: argmax_i G[t, i]; empty sets get all     assign_tasks, clusters
     M-step: TD3 on tasks drawn from T_i                  train, td3_update
-    gradient surgery (Yu et al. 2020), a baseline        project_conflicts, descend
+    gradient surgery (Yu et al. 2020), a baseline        project_conflicts, apply_gradients
 
 Differences from the paper, each explained in docs/em_clustering_td3.md:
 1. All policies train side by side, with updates between steps in place of a block after each episode. An M-step has
@@ -435,7 +435,7 @@ def td3_update(args: Args, agent: TD3, optimizers: dict, batch: list[Tensor], up
         target = rewards + args.gamma * (1 - terminations) * next_q
     params = agent.critic.unshared()
     losses = {"critic": (agent.q(agent.critic, obs, actions, params) - target).square().mean(-1).sum(0)}
-    descend(args, optimizers["critic"], agent.critic, torch.autograd.grad(losses["critic"].sum(), params), rng)
+    apply_gradients(args, optimizers["critic"], agent.critic, torch.autograd.grad(losses["critic"].sum(), params), rng)
 
     if update_policies:
         params, first_twin = agent.actor.unshared(), [param[:len(param) // 2] for param in agent.critic.params]
@@ -444,14 +444,14 @@ def td3_update(args: Args, agent: TD3, optimizers: dict, batch: list[Tensor], up
         losses["actor"] = (-agent.q(agent.critic, obs, pi, first_twin)[0].mean(1)
                            + args.action_penalty * pi.square().mean((1, 2))
                            + args.preactivation_penalty * before_tanh.square().mean((1, 2)))
-        descend(args, optimizers["actor"], agent.actor, torch.autograd.grad(losses["actor"].sum(), params), rng)
+        apply_gradients(args, optimizers["actor"], agent.actor, torch.autograd.grad(losses["actor"].sum(), params), rng)
         with torch.no_grad():
             for target, online in ((agent.actor_target, agent.actor), (agent.critic_target, agent.critic)):
                 torch._foreach_lerp_(list(target.params), list(online.params), args.tau)
     return {name: loss.detach() for name, loss in losses.items()}
 
 
-def descend(args: Args, optimizer: torch.optim.Optimizer, net: PolicyMLP, grads: list[Tensor],
+def apply_gradients(args: Args, optimizer: torch.optim.Optimizer, net: PolicyMLP, grads: list[Tensor],
             rng: np.random.Generator) -> None:
     """One step of Adam with the policies' gradients, clipped; `rng` draws the order of gradient surgery.
 
@@ -475,9 +475,10 @@ def descend(args: Args, optimizer: torch.optim.Optimizer, net: PolicyMLP, grads:
     optimizer.step()
 
 
-def draw_visit_order(num_tasks: int, rng: np.random.Generator) -> np.ndarray:
-    """For each task the others in a random order, (T, T - 1)."""
-    return np.array([rng.permutation([j for j in range(num_tasks) if j != i]) for i in range(num_tasks)])
+def draw_visit_order(num_tasks: int, rng: np.random.Generator | None) -> np.ndarray:
+    """For each task the others, (T, T - 1), in a random order, or in that of the list without a generator."""
+    others = [[j for j in range(num_tasks) if j != i] for i in range(num_tasks)]
+    return np.array([rng.permutation(row) if rng else row for row in others])
 
 
 def project_conflicts(task_grads: Tensor, visit_order: np.ndarray) -> Tensor:

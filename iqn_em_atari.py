@@ -15,8 +15,8 @@ and a replay per game; nothing is reset when a game moves.
 
     E-step: G[t, i], score of policy i in game t         play_games
     assignment: argmax_i G[t, i]; empty sets get all     train
-    M-step: which of its games a policy plays next       Policy.begin
-    IQN: n-step target, quantile Huber loss              FrameReplay.sample, Policy.update
+    M-step: which of its games a policy plays next       GamePolicy.begin
+    IQN: n-step target, quantile Huber loss              FrameReplay.sample, GamePolicy.update
 
 Differences from the paper, each explained in docs/iqn_em_atari.md:
 1. All policies train side by side, and the last episode of an M-step is cut short, at exactly --m-step-size steps.
@@ -293,7 +293,7 @@ def check_memory(num_bytes: int, capacity: int) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # The method
 # ---------------------------------------------------------------------------------------------------------------------
-class Policy:
+class GamePolicy:
     """A policy: its networks and their optimizer, a replay and an emulator per game, and the episode it is playing."""
 
     def __init__(self, args: Args, num_actions: list[int]):
@@ -368,7 +368,7 @@ class Policy:
             vars(replay).update(saved)
 
 
-def play_games(emulators: list[AtariVectorEnv], policies: list[Policy], pairs: list[tuple[int, int]], seed: list[int],
+def play_games(emulators: list[AtariVectorEnv], policies: list[GamePolicy], pairs: list[tuple], seed: list[int],
                stopped, min_steps: int = 0, min_episodes: int = 1) -> list[tuple[list[float], int]] | None:
     """Whole episodes of each pair of a policy and a game until there are enough, a policy's games side by side.
 
@@ -396,7 +396,7 @@ def play_games(emulators: list[AtariVectorEnv], policies: list[Policy], pairs: l
     return [(scores[pair], steps[pair]) for pair in pairs]
 
 
-def evaluate(args: Args, emulators: list[AtariVectorEnv], policies: list[Policy], assignment: list[int],
+def evaluate(args: Args, emulators: list[AtariVectorEnv], policies: list[GamePolicy], assignment: list[int],
              stopped=lambda: False) -> dict[str, np.ndarray] | None:
     """Scores of the assigned policies in fresh episodes, (T, episodes), the same ones at every call."""
     pairs = [(i, game) for game, i in enumerate(assignment)]
@@ -416,7 +416,7 @@ def train(args: Args) -> Path:
     rng, num_games = np.random.default_rng(args.seed), len(args.games)
     n = {"em": args.num_policies, "multihead": 1, "ppt": num_games}[args.method]
     stage = [make_emulator(args, game) for game in range(num_games)]             # of E-steps and evaluations
-    policies = [Policy(args, [int(emulator.single_action_space.n) for emulator in stage]) for _ in range(n)]
+    policies = [GamePolicy(args, [int(emulator.single_action_space.n) for emulator in stage]) for _ in range(n)]
     state = load_checkpoint(args.resume or args.evaluate) if args.resume or args.evaluate else {}
     for policy, saved in zip(policies, state.get("policies", [])):
         policy.load_state_dict(saved)
@@ -503,7 +503,7 @@ def train(args: Args) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures of the method
 # ---------------------------------------------------------------------------------------------------------------------
-def report_games(args: Args, policies: list[Policy], assignment: list[int], result: dict, folder: Path) -> None:
+def report_games(args: Args, policies: list[GamePolicy], assignment: list[int], result: dict, folder: Path) -> None:
     """Print what the assigned policies score; film 400 steps of each game if asked to."""
     print_table([f"{name} by policy {i}" for name, i in zip(args.games, assignment)], result)
     for game, name in enumerate(args.games) if args.capture_video else ():

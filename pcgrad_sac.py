@@ -256,15 +256,18 @@ class TaskMLP(nn.Module):
             self.params.extend([weight, torch.zeros(len(weight), 1, n_out)])
 
     def forward(self, x: Tensor, params: list[Tensor] | None = None) -> Tensor:
-        """(T, B, in) -> (C, T, B, out): row i through the networks of task i, with other parameters if given."""
-        params = list(self.params if params is None else params)
-        batch, x = x.shape[-2], x.expand(*self.stack, *x.shape[-2:])
+        """(T, B, in) -> (C, T, B, out): row i through the networks of task i, with other parameters if given.
+
+        Where all layers are shared, the rows may be of any tasks, and more or fewer than T.
+        """
+        params, rows = list(self.params if params is None else params), x.shape[-3:-1]
+        x = x.expand(self.stack[0], *x.shape[-3:])
         for layer in range(0, len(params), 2):
             weight, bias = params[layer:layer + 2]
             x = torch.baddbmm(bias, x.reshape(len(weight), -1, x.shape[-1]), weight)
             if layer < len(params) - 2:
                 x = torch.relu_(x)                                     # in place: large activations cost memory traffic
-        return x.view(*self.stack, batch, -1)
+        return x.view(self.stack[0], *rows, -1)
 
 
 class SAC(nn.Module):
@@ -369,7 +372,7 @@ def project_conflicts(task_grads: Tensor, visit_order: np.ndarray) -> Tensor:
     return projected
 
 
-def task_gradients(net: TaskMLP, loss_of) -> tuple[list[Tensor], Tensor]:
+def task_gradients(net: nn.Module, loss_of) -> tuple[list[Tensor], Tensor]:
     """Each task's gradient by itself, as if every task had a network of its own.
 
     Args:

@@ -18,8 +18,8 @@ negative, a few steps raise it, close to what SAC has just found. Tasks that are
     w = softmax(alpha / tau), Eq. 9                      task_weights
     max(0, c (1 - gamma) - sum_z w_z A_z), Eq. 10        hinge
     phase 2, D_KL(pi || pi') + lambda / 2 hinge^2        correct
-    the other rows of Table 1: G-Surgery                 descend, project_conflicts
-        Soft Modularization; KTM-DRL                     SoftModules; load_teachers, and the first loop of train
+    the other rows of Table 1: G-Surgery                 descend_mean, project_conflicts
+        Soft Modularization; KTM-DRL                     SoftModules; load_experts, and the first loop of train
 
 Differences from the paper, each explained in docs/picor_sac.md:
 1. What the paper leaves open is decided as follows: soft advantages on both sides with common random numbers, in units
@@ -318,10 +318,7 @@ class CheetahTask(HalfCheetahEnv):
         mujoco.mj_setState(self.model, self.data, np.array(state), mujoco.mjtState.mjSTATE_INTEGRATION)
 
 
-@cache
-def metaworld_benchmark(name: str, seed: int) -> metaworld.Benchmark:
-    """A task's class, and the fifty pairs of a goal and a start that a seed gives it."""
-    return metaworld.MT1(f"{name}-v3", seed=seed)
+metaworld_benchmark = cache(metaworld.MT1)     # a task's class, and the fifty pairs of goal and start of a seed
 
 
 class MetaWorldTask:
@@ -332,7 +329,7 @@ class MetaWorldTask:
     """
 
     def __init__(self, name: str, one_hot: np.ndarray, seed: int, num_goals: int):
-        benchmark = metaworld_benchmark(name, seed)
+        benchmark = metaworld_benchmark(f"{name}-v3", seed=seed)
         self.env = benchmark.train_classes[f"{name}-v3"](render_mode="rgb_array", camera_name="corner2")
         self.goals, self.queue, self.one_hot = benchmark.train_tasks[:num_goals], [], one_hot
 
@@ -348,8 +345,12 @@ class MetaWorldTask:
         return np.concatenate([obs, self.one_hot], dtype=np.float32), reward, False, {"success": info["success"]}
 
     def render(self) -> np.ndarray:
-        """The table from a front corner, (480, 480, 3) uint8."""
-        return self.env.render()
+        """What a camera sees, (480, 480, 3) uint8."""
+        try:
+            return self.env.render()[::-1, ::-1]                       # Meta-World's camera hangs upside down
+        except Exception as error:                                     # each backend of OpenGL raises its own
+            sys.exit(f"pictures need OpenGL ({error}); without a screen set MUJOCO_GL=egl or MUJOCO_GL=osmesa and "
+                     "install it, or leave --capture-video out")
 
 
 class TaskEnvs:
@@ -634,7 +635,7 @@ def project_conflicts(task_grads: Tensor, visit_order: np.ndarray) -> Tensor:
     return projected
 
 
-def descend(args: Args, optimizer: torch.optim.Optimizer, net: nn.Module, loss_of, rng: np.random.Generator,
+def descend_mean(args: Args, optimizer: torch.optim.Optimizer, net: nn.Module, loss_of, rng: np.random.Generator,
             scale=1.0) -> Tensor:
     """Descend the mean of the tasks' losses, after what the method does to gradients; returns the losses, (K,).
 
@@ -694,7 +695,7 @@ def update(args: Args, agent: SAC, optimizers: dict, buffer: TaskReplay, task: i
     def critic_loss(*params) -> Tensor:
         return (agent.q(agent.critic, obs, actions, *params) - target).square().mean(-1).sum(0)
     scale = len(everyone) * weights if args.method == "soft-modules" else 1.0
-    losses["critic"] = descend(args, optimizers["critic"], agent.critic, critic_loss, rng, scale)
+    losses["critic"] = descend_mean(args, optimizers["critic"], agent.critic, critic_loss, rng, scale)
 
     # Policy, Eq. 7 -------------------------------------------------------------------------------------------
     if correcting:
@@ -712,7 +713,7 @@ def update(args: Args, agent: SAC, optimizers: dict, buffer: TaskReplay, task: i
         q = sum(agent.q(critic, obs, pi).amin(0) for critic in judges)
         return (alpha[policy_tasks] * log_prob - q).mean(-1)
     log_prob, scale = None, 1.0 if correcting else len(everyone) * weights[policy_tasks]
-    losses["actor"] = descend(args, optimizers["actor"], agent.actor, actor_loss, rng, scale)
+    losses["actor"] = descend_mean(args, optimizers["actor"], agent.actor, actor_loss, rng, scale)
 
     # Temperatures, each with an Adam of its own: what rests keeps its statistics --------------------------------
     if args.alpha_all:
@@ -764,7 +765,7 @@ def correct(args: Args, agent: SAC, optimizer: torch.optim.Optimizer, states: Te
         if steps == args.correction_steps or not shortfall > 0:        # enough, or reached: not one step more
             break
         loss = kl + 0.5 * args.penalty * shortfall.square()
-        descend(args, optimizer, agent.actor, lambda loss=loss: loss, None)
+        descend_mean(args, optimizer, agent.actor, lambda loss=loss: loss, None)
     return found | {"kl": kl.detach(), "steps": torch.tensor(float(steps))}
 
 
@@ -804,7 +805,7 @@ def make_optimizers(args: Args, agent: SAC) -> dict[str, torch.optim.Optimizer]:
     return {name: torch.optim.Adam(group, args.lr, fused=True) for name, group in params.items()}
 
 
-def load_teachers(args: Args, obs_size: int, action_size: int) -> tuple[nn.ModuleList, TaskReplay, int]:
+def load_experts(args: Args, obs_size: int, action_size: int) -> tuple[nn.ModuleList, TaskReplay, int]:
     """KTM-DRL's experts, one per task, from a run of --method independent, with its replay and its number of steps."""
     wanted = {"method": "independent", "env": args.env, "tasks": list(args.tasks), "seed": args.seed,
               "num_goals": args.num_goals}
@@ -858,7 +859,7 @@ def train(args: Args) -> Path:
             save_animation(args.evaluate / "tasks.gif", frames)
         return args.evaluate
     if args.method == "ktm":
-        teachers, teachers_replay, teachers_steps = load_teachers(args, obs_size, action_size)
+        teachers, teachers_replay, teachers_steps = load_experts(args, obs_size, action_size)
     buffer = TaskReplay([min(args.buffer_size, int(count)) for count in np.bincount(schedule, minlength=num_tasks)],
                         obs_size, action_size, args.device)
     run, global_step, at, offline = Run(args, args.env, args.tasks, state), 0, 0, 0        # at: place in the schedule
@@ -1005,7 +1006,7 @@ class Run:
         """`family` begins the folder's name; `names` are the tasks'; `state` is the checkpoint to go on from, or {}."""
         self.args, self.names, self.pending, self.rows = args, names, defaultdict(list), state.get("rows", [])
         self.started, first_step = time.time() - state.get("seconds", 0.0), state.get("global_step", 0)
-        if first_step >= args.total_timesteps:
+        if self.rows and self.rows[-1]["global_step"] >= args.total_timesteps:         # evaluated at its end, too
             sys.exit(f"{args.resume} has {first_step:,} steps already; give a larger --total-timesteps")
         stem = f"{family}__{Path(__file__).stem}__{args.method}__s{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.dir = args.resume or args.runs_dir / stem

@@ -92,7 +92,7 @@ def quantiles64(params, obs, taus, head):
 
 def test_an_update_equals_one_in_float64_and_leaves_other_heads_alone():
     torch.manual_seed(0)
-    policy = iqn.Policy(iqn.Args(**SMALL | {"lr": 1e-3, "width": 1 / 8}), [6, 7])
+    policy = iqn.GamePolicy(iqn.Args(**SMALL | {"lr": 1e-3, "width": 1 / 8}), [6, 7])
     for p in policy.target.parameters():
         p.data *= 1.2                                                  # else the networks are the same
     obs, next_obs = torch.randint(256, (2, 8, 4, 84, 84), dtype=torch.uint8)
@@ -127,7 +127,7 @@ def test_an_update_equals_one_in_float64_and_leaves_other_heads_alone():
 
 
 def test_actions_are_the_best_of_each_rows_own_head_or_random():
-    policy, rng = iqn.Policy(iqn.Args(**SMALL), [3, 5]), np.random.default_rng(0)
+    policy, rng = iqn.GamePolicy(iqn.Args(**SMALL), [3, 5]), np.random.default_rng(0)
     with torch.no_grad():
         policy.online.heads[0].bias[2], policy.online.heads[1].bias[4] = 1e3, 1e3
     obs, state = np.zeros((3, 4, 84, 84), np.uint8), torch.get_rng_state()
@@ -154,10 +154,10 @@ def fill(replay, lengths):
 
 @pytest.mark.parametrize("capacity, n_step", [(1_000, 1), (1_000, 3), (37, 3)])
 def test_the_replay_returns_what_was_put_in_also_from_a_checkpoint(capacity, n_step):
-    policy = iqn.Policy(iqn.Args(**SMALL), [3])
+    policy = iqn.GamePolicy(iqn.Args(**SMALL), [3])
     policy.args.buffer_size = capacity                                 # below what a user may ask for
     ends = fill(policy.replays[0], [(1, True), (2, False), (9, True), (5, False), (30, True), (12, True), (6, False)])
-    restored = iqn.Policy(policy.args, [3])
+    restored = iqn.GamePolicy(policy.args, [3])
     restored.load_state_dict(policy.state_dict())
     policy.args.save_replay = False
     assert policy.state_dict()["replays"] == {}
@@ -211,7 +211,7 @@ class Clock:
 
 
 def test_whole_episodes_are_played_until_there_are_enough():
-    policies, emulators = [iqn.Policy(iqn.Args(**SMALL), [3] * 3) for _ in range(2)], [Clock(10), Clock(20), Clock(40)]
+    policies, emulators = [iqn.GamePolicy(iqn.Args(**SMALL), [3] * 3) for _ in range(2)], [Clock(10), Clock(20), Clock(40)]
     pairs = [(0, 0), (1, 0), (1, 2), (0, 1)]
     assert iqn.play_games(emulators, policies, pairs, [1], lambda: False, min_steps=25) == [
         ([30.0] * 3, 30), ([30.0] * 3, 30), ([120.0], 40), ([60.0] * 2, 40)]
@@ -222,7 +222,7 @@ def test_whole_episodes_are_played_until_there_are_enough():
 def watched(monkeypatch, folder, tables=(), **settings):
     """A small run with games of 25 steps; who played and learnt what, and the columns of metrics.csv."""
     seen, tables = SimpleNamespace(played=[], learnt=[], epsilons=[], ids={}, calls=0), iter(tables)
-    play, act, step, update = iqn.play_games, iqn.Policy.act, iqn.Policy.step, iqn.Policy.update
+    play, act, step, update = iqn.play_games, iqn.GamePolicy.act, iqn.GamePolicy.step, iqn.GamePolicy.update
 
     def watch_play(emulators, policies, pairs, seed, stopped, min_steps=0, min_episodes=1):
         seen.calls += 1
@@ -242,7 +242,7 @@ def watched(monkeypatch, folder, tables=(), **settings):
         return update(policy, batch, game)
 
     for name, value in (("act", lambda *a: (seen.epsilons.append(a[3]), act(*a))[1]), ("step", watch_step), ("update", watch_update)):
-        monkeypatch.setattr(iqn.Policy, name, value)
+        monkeypatch.setattr(iqn.GamePolicy, name, value)
     monkeypatch.setattr(iqn, "play_games", watch_play)
     monkeypatch.setattr(iqn, "make_emulator", lambda args, game: Clock(25))
     path = iqn.train(iqn.Args(**SMALL | settings | {"runs_dir": folder})) / "metrics.csv"
@@ -259,7 +259,6 @@ def test_games_go_to_the_best_policy_and_evaluations_come_when_they_are_due(monk
     crossed, all_to_first, tie = {(0, 1), (1, 0)}, {(0, 0), (0, 1), (1, 0), (1, 1)}, {(0, 0), (1, 1)}
     for k, pairs in enumerate((crossed, all_to_first, tie)):           # a policy that got none plays both
         assert set(seen.played[160 * k:160 * (k + 1)]) == pairs
-        assert {pair for step, *pair in map(lambda x: (x[0], *x[1:3]), seen.learnt) if 160 * k < step <= 160 * (k + 1)} or True
     assert seen.columns["max_return"] == [3.5, 5.5, 5.5, 2.5] and seen.columns["eval_steps"] == [28, 56, 56, 84]
     assert seen.columns["DemonAttack/policy"] == [1, 0, 0, 0] and seen.columns["Assault/policy"] == [0, 0, 0, 1]
     assert seen.columns["mean_return"] == [75] * 4 and seen.columns["global_step"] == [100, 200, 300, 400]
