@@ -724,7 +724,8 @@ def update(args: Args, agent: SAC, optimizers: dict, buffer: TaskReplay, task: i
         optimizers[f"alpha{z}"].step()
 
     found = correct(args, agent, optimizers["correction"], states, before, weights) if correcting else {}
-    torch._foreach_lerp_(list(agent.target.parameters()), list(agent.critic.parameters()), args.tau)
+    with torch.no_grad():
+        torch._foreach_lerp_(list(agent.target.parameters()), list(agent.critic.parameters()), args.tau)
     return losses, found
 
 

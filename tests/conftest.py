@@ -16,3 +16,10 @@ torch.set_num_threads(1)
 def no_pictures(monkeypatch):
     """Drawing takes longer than these short runs; whole programs that are started as a user does draw."""
     monkeypatch.setattr(Figure, "savefig", lambda *args, **kwargs: None)
+
+
+def pytest_collection_modifyitems(items):
+    """What one script's tests share, its quick run, is made once: all of them go to the same worker."""
+    for item in items:
+        script = item.callspec.params.get("script") if hasattr(item, "callspec") else None
+        item.add_marker(pytest.mark.xdist_group(script or item.path.stem))
