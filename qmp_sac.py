@@ -628,13 +628,16 @@ def behave(args: Args, agent: SAC, obs: np.ndarray, method: str, explore: bool =
     Returns:
         Actions to execute, (T, A), and the policy that each one comes from, (T,).
     """
-    states, tasks, borrow = torch.from_numpy(obs).to(args.device), torch.arange(len(obs)), method in MIXTURES
-    in_each_state = states[:, None].expand(-1, len(obs), -1)           # (T, T, O): row i is T times task i's state
-    inputs = states.expand(len(obs), -1, -1) if borrow else in_each_state if method == "qmp-own" else states[:, None]
-    mean, log_std = agent.policy(inputs)                               # row j: policy j, in all states if it may lend
+    states, tasks = torch.from_numpy(obs).to(args.device), torch.arange(len(obs))
+    repeated = states[:, None].expand(-1, len(obs), -1)                # (T, T, O): row i is T times the state of task i
+    if method in MIXTURES:
+        inputs = states.expand(len(obs), -1, -1)                       # (T, T, O): row j, for policy j, has all states
+    else:
+        inputs = repeated if method == "qmp-own" else states[:, None]
+    mean, log_std = agent.policy(inputs)
     noise = torch.randn(mean.shape).to(mean) if explore else torch.zeros_like(mean)
     samples = torch.tanh(mean + log_std.exp() * noise)
-    if borrow:
+    if method in MIXTURES:
         mean, samples = mean.transpose(0, 1), samples.transpose(0, 1)  # (T, T, A): row i is what is proposed to task i
 
     if method == "qmp-uniform":
@@ -643,11 +646,11 @@ def behave(args: Args, agent: SAC, obs: np.ndarray, method: str, explore: bool =
         chosen = torch.multinomial(DOMAIN_WEIGHTS[list(args.tasks)][:, list(args.tasks)], 1).squeeze(1)
     elif method in ("qmp", "qmp-multihead", "qmp-own"):                # the Q-switch
         scored = mean.tanh() if args.switch_action == "mean" else samples
-        scores = agent.q(agent.critic, in_each_state, scored)          # (2, T, T): Q_i(s_i, a_j) of both twins
+        scores = agent.q(agent.critic, repeated, scored)               # (2, T, T): Q_i(s_i, a_j) of both twins
         chosen = (scores.amin(0) if args.switch_q == "min" else scores[0]).argmax(1)       # ties: the lowest index
     else:
         chosen = torch.zeros_like(tasks)                               # there is one proposal
-    return samples[tasks, chosen].cpu().numpy(), (chosen if borrow else tasks).cpu().numpy()
+    return samples[tasks, chosen].cpu().numpy(), (chosen if method in MIXTURES else tasks).cpu().numpy()
 
 
 def update(args: Args, agent: SAC, optimizers: dict, batch: list[Tensor]) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ QUICK = {
     "multitask_a2c": CHEETAHS, "distill_a2c": CHEETAHS + " --p-student 0.5",
 }
 EXACT = ("tabular_em", "multitask_a2c", "distill_a2c")     # their environments' whole state is in the checkpoint
-ONLY_FOR = {}                                              # flags that a method needs beside the quick ones
+ONLY_FOR = {("qmp_sac", "qmp-domain"): "--env reacher --tasks 0 1 3"}      # what a method needs beside the quick flags
 every_script = pytest.mark.parametrize("script", QUICK)
 
 
