@@ -192,7 +192,7 @@ def test_squash_is_exact_where_the_tanh_is_saturated():
     policy = TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform())
     torch.testing.assert_close(log_prob, policy.log_prob(actions).sum(-1), atol=1e-6, rtol=1e-6)
     log_prob = pc.squash(torch.tensor([[-40.0], [40.0]]), torch.zeros(2, 1), torch.zeros(2, 1))[1]
-    assert log_prob.tolist() == pytest.approx([80 - np.log(4) - np.log(2 * np.pi) / 2] * 2)      # 1 - tanh^2 = 4 exp(-80)
+    assert log_prob.tolist() == pytest.approx([80 - np.log(4) - np.log(2 * np.pi) / 2] * 2)   # 1 - tanh^2 = 4 exp(-80)
 
 
 def test_replay_is_a_ring_with_transitions_of_each_task():
