@@ -13,9 +13,10 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
+def no_pictures(request, monkeypatch):
     """Drawing takes longer than these short runs; whole programs that are started as a user does draw."""
-    monkeypatch.setattr(Figure, "savefig", lambda *args, **kwargs: None)
+    if request.path.stem != "test_benchmark":
+        monkeypatch.setattr(Figure, "savefig", lambda *args, **kwargs: None)
 
 
 def pytest_collection_modifyitems(items):

@@ -32,7 +32,7 @@ def test_pendulum_steps_by_hand():
     velocity = 1 + 0.05 * (3 * 10 / (2 * 0.7) * -1 + 3 / 0.49 * 2)
     assert env.state == (pytest.approx(3 * math.pi / 2 + 0.05 * velocity), pytest.approx(velocity))
     env.state = math.pi / 2, 8.0
-    env.step(np.array([0.0]))                                          # the angle moves with the speed before its limit
+    env.step(np.array([0.0]))                                          # the angle moves before the speed is limited
     assert env.state == (pytest.approx(math.pi / 2 + 0.05 * (8 + 0.05 * 15 / 0.7)), 8.0)
     for angle, upright in ((2 * math.pi + 0.2, True), (0.4, False)):
         env.state = angle, 0.0
@@ -41,8 +41,8 @@ def test_pendulum_steps_by_hand():
     assert [em.TASKS["pendulum"][name] for name in NAMES] == [0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3]
 
 
-@pytest.mark.parametrize("name, leg, seed, total", [("sprint", 34, 0, 96), ("run", 34, 3, 175), ("marathon", 34, 7, 328),
-                                                    ("jump-long", 34, 0, -8), ("sprint", 45, 0, -62)])
+@pytest.mark.parametrize("name, leg, seed, total", [
+    ("sprint", 34, 0, 96), ("run", 34, 3, 175), ("jump-long", 34, 0, -8), ("sprint", 45, 0, -62)])
 def test_gymnasiums_heuristic_walker_gets_the_known_returns(name, leg, seed, total):
     env, walker = em.WalkerEnv(EVENT[name]._replace(leg=leg)), bipedal_walker.BipedalWalkerHeuristics()
     env.reset(seed=seed)
@@ -53,22 +53,23 @@ def test_gymnasiums_heuristic_walker_gets_the_known_returns(name, leg, seed, tot
     assert returned == pytest.approx(total, abs=5) and info["success"] == (leg == 34)
 
 
-@pytest.mark.parametrize("name, counts, gap, height", [
-    ("sprint", (0, 0), (0, 0), 0), ("legs25-gap2", (35, 35), (2, 2), 0.233), ("legs45-gap4", (19, 19), (4, 4), 0.233),
-    ("legs35-flat", (19, 19), (4, 4), 0.033), ("hurdles", (12, 15), (9 * 14 / 30, 17 * 14 / 30), 1.0)])
-def test_ground_and_legs_of_the_walkers(name, counts, gap, height):
+@pytest.mark.parametrize("name, counts, gaps, height", [
+    ("sprint", {0}, (0, 0), 0), ("legs25-gap2", {35}, (2, 2), 0.233), ("legs45-gap4", {19}, (4, 4), 0.233),
+    ("legs35-flat", {19}, (4, 4), 0.033), ("hurdles", {12, 13, 14, 15}, (9 * 14 / 30, 17 * 14 / 30), 1.0)])
+def test_ground_and_legs_of_the_walkers(name, counts, gaps, height):
     tops, env = [], em.WalkerEnv(EVENT[name])
     for seed in range(10):
         env.reset(seed=seed)
-        boxes = [np.array(body.fixtures[0].shape.vertices) for body in env.terrain if hasattr(body.fixtures[0].shape, "centroid")]
-        left = np.sort([box[:, 0].min() for box in boxes])
-        tops += [box[:, 1].max() - 10 / 3 for box in boxes]
-        assert counts[0] <= len(boxes) <= counts[1] and set(env.terrain_y) == {10 / 3} and set(left[:1]) <= {np.float32(28 / 3)}
-        assert ((gap[0] - 1e-4 < np.diff(left) - 14 / 30) & (np.diff(left) - 14 / 30 < gap[1] + 1e-4)).all()
-        assert np.allclose([np.ptp(box[:, 0]) for box in boxes], 14 / 30, atol=1e-5)
+        shapes = [np.array(body.fixtures[0].shape.vertices) for body in env.terrain]
+        boxes = np.array([(box[:, 0].min(), box[:, 0].max()) for box in shapes if len(box) == 4]).reshape(-1, 2)
+        boxes, tops = boxes[boxes[:, 0].argsort()], tops + [box[:, 1].max() - 10 / 3 for box in shapes if len(box) == 4]
+        assert len(boxes) in counts and set(env.terrain_y) == {10 / 3} and set(boxes[:1, 0]) <= {np.float32(28 / 3)}
+        assert np.allclose(np.diff(boxes), 14 / 30, atol=1e-5)
+        between = boxes[1:, 0] - boxes[:-1, 1]
+        assert (between > gaps[0] - 1e-4).all() and (between < gaps[1] + 1e-4).all()
         lengths = [np.ptp(np.array(leg.fixtures[0].shape.vertices)[:, 1]) for leg in env.legs]
         assert np.allclose(lengths, EVENT[name].leg / 30)
-    assert np.mean(tops or 0) == pytest.approx(height, rel=0.12) and not (height == 1 and np.ptp(tops) > 1e-5)
+    assert np.mean(tops or 0) == pytest.approx(height, rel=0.12) and (height < 1 or np.ptp(tops) < 1e-5)
     check_env(env, skip_render_check=True)
     assert em.make_env(em.Args(env="legs", flat_ground=True), "legs35-flat").event.stumps == ""
 
@@ -81,7 +82,8 @@ def test_walker_rewards_by_hand(monkeypatch):
         env.legs = [SimpleNamespace(ground_contact=touching) for touching in (None, contact[0], None, contact[1])]
         _, reward, ended, _, info = env.step(np.array(action))
         return pytest.approx(reward), ended, info["success"]
-    walkers, effort = {name: em.WalkerEnv(event) for name, event in EVENT.items()}, (1.0, -2.0, 0.5, 0.0)    # 2.5, clipped
+    walkers = {name: em.WalkerEnv(event) for name, event in EVENT.items()}
+    effort = (1.0, -2.0, 0.5, 0.0)                                     # 2.5 after clipping
     for name, price, finish in (("sprint", 0.028, 26.6), ("run", 0.028, 44.333), ("marathon", 0.052, 88.667),
                                 ("hurdles", 0.028, 88.667), ("jump-up", 0.028, 88.667), ("jump-long", 0.028, 26.6)):
         env = walkers[name]
@@ -114,7 +116,8 @@ class Probe(gym.Env):
     def step(self, action):
         self.left -= 1
         miss = abs(float(action[0]) - (0.6 if self.task % 2 else -0.6))
-        return np.array([self.task, self.left], np.float32), -5 / 3 * miss, self.left == 0, False, {"success": miss < 0.15}
+        obs = np.array([self.task, self.left], np.float32)
+        return obs, -5 / 3 * miss, self.left == 0, False, {"success": miss < 0.15}
 
 
 @pytest.fixture
@@ -127,7 +130,7 @@ def probes(monkeypatch):
 def test_assignments_by_hand():
     assignment = em.assign_tasks(np.array([[1.0, 5.0, 2.0], [3.0, 3.0, -1.0], [0.0, 0.5, 0.4]]))           # (T, n)
     assert assignment.tolist() == [1, 0, 1]                                                # the tie goes to policy 0
-    assert em.clusters(assignment, 3).tolist() == [[False, True, False], [True, False, True], [True, True, True]]
+    assert [tasks.tolist() for tasks in em.clusters(assignment, 3)] == [[1], [0, 2], [0, 1, 2]]
     drawn = [em.random_clusters(7, 4, np.random.default_rng(seed)) for seed in range(20)]
     assert all(sorted(np.bincount(a).tolist()) == [1, 2, 2, 2] for a in drawn) and len({tuple(a) for a in drawn}) > 10
 
@@ -149,15 +152,6 @@ def test_pairs_play_the_right_policy_in_the_right_task_from_common_starts(probes
         result, columns = em.evaluate(args, playing(args, 0.6, 0.0), np.array(assignment))
         assert result["return"].mean() == pytest.approx(returned) and columns["max_return"] == pytest.approx(-2)
     assert em.evaluate(own, playing(own, -0.6, 0.6, 0.0), np.arange(3))[0]["return"].mean() == pytest.approx(-1)
-
-
-def test_em_separates_tasks_that_contradict_each_other_and_one_policy_cannot(probes, tmp_path):
-    settings = dict(total_timesteps=2_000, lr=1e-2, exploration_noise=0.2, runs_dir=tmp_path, update_every=2)
-    folder = em.train(small("em", m_step_size=250, e_step_episodes=2, **settings))
-    owners = [column(folder, f"{name}/policy")[-1] for name in NAMES]
-    assert owners in ([0, 1] * 3 + [0], [1, 0] * 3 + [1]) and column(folder, "mean_success")[-1] == 1
-    alone = column(em.train(small("random-clusters", num_policies=1, **settings)), "mean_return")[-1]
-    assert alone < -2.5 < -1 < column(folder, "mean_return")[-1]
 
 
 def test_m_steps_train_each_policy_on_its_own_tasks_and_the_last_one_is_cut(probes, tmp_path, monkeypatch):
@@ -199,7 +193,8 @@ def test_an_interrupted_e_step_is_repeated(tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         em.train(small(runs_dir=tmp_path / "b"))
     folder = next((tmp_path / "b").iterdir())
-    assert [em.load_checkpoint(folder)[name] for name in ("global_step", "assignment")] == [600, straight["e_steps"][0][0]]
+    state = em.load_checkpoint(folder)
+    assert state["global_step"] == 600 and state["assignment"] == straight["e_steps"][0][0]
     monkeypatch.setattr(em, "play_pairs", play)
     em.train(em.read_args(["--resume", str(folder)]))
     resumed = em.load_checkpoint(folder)
@@ -267,7 +262,7 @@ def test_updates_equal_those_of_plain_matrices_one_by_one(method, norm):
     agent.actor_target.params[-1].data += 1                            # target actions must meet the limit
     nets = {name: plain(getattr(agent, name)) for name in ("actor", "critic", "actor_target", "critic_target")}
     ours = {name: torch.optim.Adam(getattr(agent, name).parameters(), 1e-2, eps=1e-7) for name in ("actor", "critic")}
-    theirs = {name: torch.optim.Adam({p for rows in nets[name] for row in rows for p in row}, 1e-2, eps=1e-7) for name in ours}
+    theirs = {name: torch.optim.Adam(set(sum(sum(nets[name], []), [])), 1e-2, eps=1e-7) for name in ours}
     for count in range(1, 8):
         batch = [torch.randn(3, 20, 3), 4 * torch.rand(3, 20, 1) - 2, 10 * torch.randn(3, 20), torch.randn(3, 20, 3),
                  torch.rand(3, 20) < 0.3]
@@ -296,19 +291,12 @@ def test_updates_equal_those_of_plain_matrices_one_by_one(method, norm):
         torch.testing.assert_close(plain(getattr(agent, name)), expected, atol=1e-9, rtol=1e-9)
 
 
-HEADS = (None, 1, 128, 3e-3, 0.05, 0.1)
-
-
-@pytest.mark.parametrize("env, method, count, settings", [             # parameters; T_M, u, batch, lr, noises
-    ("pendulum", "em", 54_284, (50_000, *HEADS[1:])), ("pendulum", "sp", 13_571, HEADS), ("pendulum", "ppt", 94_997, HEADS),
-    ("pendulum", "multihead", 29_397, HEADS), ("pendulum", "surgery", 54_037, HEADS),
-    ("track", "em", 1_583_624, (200_000, 3, 1_000, 1e-3, 0.1, 0.2)), ("legs", "ppt", 3_563_154, (None, 3, 1_000, 1e-3, 0.1, 0.2)),
-    ("track", "multihead", 694_836, (None, 5, 1_000, 1e-3, 0.1, 0.2)), ("legs", "surgery", 1_540_654, (None, 5, 1_000, 1e-3, 0.1, 0.2))])
-def test_networks_and_settings_are_the_papers(env, method, count, settings):
+@pytest.mark.parametrize("env, method, count", [
+    ("pendulum", "em", 54_284), ("pendulum", "sp", 13_571), ("pendulum", "multihead", 29_397),
+    ("pendulum", "surgery", 54_037), ("track", "em", 1_583_624), ("legs", "ppt", 3_563_154)])
+def test_networks_have_the_papers_numbers_of_parameters(env, method, count):
     args = em.Args(env=env, method=method)
     agent = em.TD3(args, args.num_policies or {"sp": 1}.get(method, len(args.tasks)), em.make_env(args, args.tasks[0]))
     assert sum(p.numel() for net in (agent.actor, agent.critic) for p in net.parameters()) == count
-    assert tuple(getattr(args, name) for name in ("m_step_size", "update_every", "batch_size", "lr", "exploration_noise",
-                                                  "smoothing_noise")) == settings
-    assert (args.gamma, args.tau, args.policy_delay, args.max_grad_norm, args.action_penalty) == (0.99, 0.005, 3, 0.5, 1e-3)
-    assert (em.HORIZON["pendulum"], em.EVAL_HORIZON["pendulum"], em.EVAL_HORIZON["track"]) == (500, 200, 2_000)
+    with pytest.raises(ValueError, match="--num-policies"):
+        em.Args(env=env, method="multihead", num_policies=3)
