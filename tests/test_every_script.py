@@ -42,7 +42,7 @@ QUICK = {
 }
 EXACT = ("tabular_em", "multitask_a2c", "distill_a2c")     # their environments' whole state is in the checkpoint
 ONLY_FOR = {("qmp_sac", "qmp-domain"): "--env reacher --tasks 0 1 3"}      # what a method needs beside the quick flags
-WITHOUT = {"em_clustering_td3": ("--num-policies 2 ", "--m-step-size 600 "), "iqn_em_atari": ("--m-step-size 80 ",),
+WITHOUT = {"em_clustering_td3": ("--num-policies 2 ", "--m-step-size 600 "), "iqn_em_atari": ("--m-step-size 80 ", "--eval-steps 1 "),
            "picor_sac": ("--correction-states 8 ", "--weight-warmup 2", "--block-steps 30 ")}     # the first method's own flags
 every_script = pytest.mark.parametrize("script", QUICK)
 
