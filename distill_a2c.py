@@ -8,7 +8,7 @@
 # ///
 """Multi-task distillation: one student with a head per task learns what a teacher per task does.
 
-Arora, Kumar, Krone, Li: "Multi-task Learning for Continuous Control", 2017, arXiv:1802.01034. Teachers are policies
+Arora, Kumar, Krone, Li: "Multi-task Learning for Continuous Control", 2018, arXiv:1802.01034. Teachers are policies
 that A2C has trained on one half-cheetah each. The student acts, in one task after the other, and each teacher says for
 the states that it meets what it would have done: a distribution, towards which the student's head is pulled.
 

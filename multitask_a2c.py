@@ -8,7 +8,7 @@
 # ///
 """Multi-task A2C: one trunk, a head per task, and what fine-tuning forgets.
 
-Arora, Kumar, Krone, Li: "Multi-task Learning for Continuous Control", 2017, arXiv:1802.01034. Six half-cheetahs with
+Arora, Kumar, Krone, Li: "Multi-task Learning for Continuous Control", 2018, arXiv:1802.01034. Six half-cheetahs with
 smaller or larger body parts are tasks. Advantage actor-critic learns them one by one ("scratch"), all with one network
 that shares its first layers ("vanilla"), or one after the other with most layers frozen ("finetune").
 

@@ -37,7 +37,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import itertools
 import json
 import math
 import os
@@ -774,28 +773,24 @@ def correct(args: Args, agent: SAC, optimizer: torch.optim.Optimizer, states: Te
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
 def evaluate(args: Args, act, stopped=lambda: False, frames: list | None = None) -> dict[str, np.ndarray] | None:
-    """The first --eval-episodes episodes of every task, in environments with a generator of their own.
+    """--eval-episodes episodes of every task, in environments with a generator of their own.
 
     Args:
         act: observations (T, O) -> actions (T, A).
-        stopped: asked at every step; where it says so, there is no result.
-        frames: takes the pictures of all tasks, every fourth step, until each has ended its first episode.
+        frames: takes pictures of all tasks, every fourth step of their first episodes.
     Returns:
-        return and success, (T, episodes) each.
+        return and success, (T, episodes) each; None as soon as `stopped` says so.
     """
     envs, episodes = make_envs(args, np.random.default_rng([args.seed, 1])), [[] for _ in args.tasks]
-    for t in itertools.count():
+    while min(map(len, episodes)) < args.eval_episodes:
         if stopped():
             return None
-        if frames is not None and t % 4 == 0 and not all(episodes):
+        if frames is not None and not all(episodes) and envs.episodes[0]["episodic_length"] % 4 == 0:
             frames.append([env.render() for env in envs.envs])
         for task, episode in envs.step(act(envs.obs))[-1].items():
             episodes[task].append(episode)
-        if min(map(len, episodes)) >= args.eval_episodes:
-            break
-    rows = [row[:args.eval_episodes] for row in episodes]
-    return {"return": np.array([[episode["episodic_return"] for episode in row] for row in rows]),
-            "success": np.array([[episode["success"] for episode in row] for row in rows])}
+    return {kind: np.array([[episode[key] for episode in row[:args.eval_episodes]] for row in episodes])
+            for kind, key in (("return", "episodic_return"), ("success", "success"))}
 
 
 def make_optimizers(args: Args, agent: SAC) -> dict[str, torch.optim.Optimizer]:
