@@ -55,11 +55,13 @@ def test_surgery_is_that_of_pcgrad(monkeypatch):
     args, agent, optimizers = make("g-surgery", lr=1e-3)
     monkeypatch.setattr(agent, "policy", lambda obs, *p: pcgrad.SAC.policy(agent, obs, *p))
     theirs = pcgrad.Args(env="mt4", gamma=args.gamma, tau=args.tau, lr=1e-3, critic_lr=1e-3, max_grad_norm=1e9)
+    def sgd(params):                                                   # unlike Adam it sees the length of a gradient
+        return torch.optim.SGD(params, 1e-2)
     twin = pcgrad.SAC(*(pcgrad.TaskMLP(c, 4, sizes, 3) for c, sizes in ((1, [8, 16, 16, 4]), (2, [10, 16, 16, 1]))), 4)
     for name, param in twin.named_parameters():
         param.data = agent.get_parameter(name).detach().clone()
-    theirs_opt = {"actor": torch.optim.Adam(twin.actor.parameters(), 1e-3), "alpha": torch.optim.Adam([twin.log_alpha], 1e-3),
-                  "critic": torch.optim.Adam(twin.critic.parameters(), 1e-3)}
+    theirs_opt = {"actor": sgd(twin.actor.parameters()), "alpha": sgd([twin.log_alpha]), "critic": sgd(twin.critic.parameters())}
+    optimizers = {name: sgd(each.param_groups[0]["params"]) for name, each in optimizers.items()}
     replay, rngs = filled(), [np.random.default_rng(1), np.random.default_rng(1)]
     for step in range(5):
         torch.manual_seed(step)
@@ -76,6 +78,8 @@ def test_soft_modules_against_a_plain_forward_pass():
     """The lines of the Soft Modularization sheet for one network, one observation at a time."""
     torch.manual_seed(0)
     net = picor.SoftModules(2, 3, 4, [7, 50, 50, 5])
+    for param in [*net.logits.parameters(), *net.output.parameters()]:
+        param.data *= 300                                              # they start near 0, where all mixtures are even
     x = torch.randn(3, 4, 7)
     out = net(x)
     assert out.shape == (2, 3, 4, 5)
@@ -101,27 +105,25 @@ def test_soft_modules_against_a_plain_forward_pass():
             torch.testing.assert_close(run(net.output, c, mixed[0]), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_correction_stops_when_nothing_is_lost_and_moves_only_the_policy():
-    args, agent, optimizers = make(correction_steps=3)
-    states, before = torch.randn(4, 6, 8), None
+def test_correction_undoes_a_loss_stops_when_nothing_is_lost_and_moves_only_the_policy(monkeypatch):
+    args, agent, optimizers = make(correction_steps=3, hard_advantage=True)
+    monkeypatch.setattr(agent, "q", lambda critic, obs, actions: -actions.square().sum(-1).expand(2, -1, -1))
+    states, weights, last = torch.randn(4, 6, 8), torch.full((4,), 0.25), agent.actor.params[-1]
     with torch.no_grad():
+        last[..., :2] = 0.0
         before = agent.policy(states)
-    for c, steps in ((-1e9, 0.0), (0.0, 0.0)):                          # nothing has moved: no loss under common noise
-        args.c = c
-        found = picor.correct(args, agent, optimizers["correction"], states, before, torch.full((4,), 0.25))
-        assert found["steps"].item() == steps and found["kl"].item() == pytest.approx(0.0, abs=1e-6)
-    with torch.no_grad():                                              # phase 1 spoilt the policy
-        for param in agent.actor.parameters():
-            param.add_(0.5 * torch.randn_like(param))
-    critic, actor = ([p.detach().clone() for p in net.parameters()] for net in (agent.critic, agent.actor))
-    args.c, advantages = 0.0, []
-    for sign in (1.0, -1.0):                                           # one of both directions is a loss
-        weights = torch.full((4,), 0.25) * sign
-        found = picor.correct(args, agent, optimizers["correction"], states, before, weights)
-        advantages.append((found["hinge"].item() > 0, found["steps"].item()))
-    assert sorted(advantages)[-1][0] and max(steps for _, steps in advantages) >= 1
+    found = picor.correct(args, agent, optimizers["correction"], states, before, weights)
+    assert found["steps"].item() == 0 and found["kl"].item() == pytest.approx(0, abs=1e-6)       # nothing has moved
+    with torch.no_grad():
+        last[..., :2] += 1.0                                           # phase 1 moves all actions away from 0
+        spoilt = agent.policy(states)[0].tanh().abs().mean()
+    critic = [param.detach().clone() for param in agent.critic.parameters()]
+    found = picor.correct(args, agent, optimizers["correction"], states, before, weights)
+    assert (found["advantage"] < 0).all() and found["hinge"] > 0 and found["steps"].item() == 3
+    assert agent.policy(states)[0].tanh().abs().mean() < spoilt and found["kl"] > 0
     assert all(map(torch.equal, critic, agent.critic.parameters()))
-    assert not all(map(torch.equal, actor, agent.actor.parameters()))
+    args.c = -1e9                                                      # everything may be lost
+    assert picor.correct(args, agent, optimizers["correction"], states, before, weights)["steps"].item() == 0
 
 
 @pytest.mark.parametrize("method", ["picor", "mtsac", "mtmhsac"])
@@ -139,3 +141,9 @@ def test_only_the_active_tasks_temperature_moves():
     before = agent.log_alpha.detach().clone()
     picor.update(args, agent, optimizers, filled(), 2, torch.full((4,), 0.25), np.random.default_rng(0))
     assert (agent.log_alpha != before).tolist() == [False, False, True, False]
+    assert agent.log_alpha[2] < before[2]                              # the entropy, -0.2, is above its target of -2
+    with torch.no_grad():
+        agent.actor.params[-1][..., 2:] = -3.0                         # nearly deterministic: entropy of about -7
+    before = agent.log_alpha.detach().clone()
+    picor.update(args, agent, optimizers, filled(), 0, torch.full((4,), 0.25), np.random.default_rng(0))
+    assert agent.log_alpha[0] > before[0]

@@ -28,8 +28,10 @@ def test_the_switch_takes_what_each_tasks_own_critic_prefers(monkeypatch):
     args, agent, _ = make("qmp")
     deterministic(agent, [-1.0, 0.0, 1.0])
     sign = torch.tensor([1.0, -1.0, 1.0])[:, None]                     # task 1's critic likes what others dislike
-    monkeypatch.setattr(agent, "q", lambda critic, obs, actions: torch.stack([sign * actions[..., 0], torch.full(
-        actions.shape[:2], 9.0)]))
+
+    def q(critic, obs, actions):                                       # only the online critics may be asked
+        return torch.stack([sign * actions[..., 0], torch.full(actions.shape[:2], 9.0)]) if critic is agent.critic else None
+    monkeypatch.setattr(agent, "q", q)
     actions, chosen = qmp.behave(args, agent, np.zeros((3, 4), np.float32), "qmp")
     assert chosen.tolist() == [2, 0, 2] and actions[:, 0] == pytest.approx(np.tanh([1, -1, 1]), abs=1e-4)
     actions, chosen = qmp.behave(args, agent, np.zeros((3, 4), np.float32), "separated")
@@ -63,6 +65,8 @@ def test_one_update_against_plain_loops(method, monkeypatch):
     try:
         args, agent, optimizers = make(method, gamma=0.9, tau=0.1)
         agent.log_alpha.data = torch.tensor([0.1, -0.4, 0.3])
+        for param in agent.target.parameters():
+            param += 0.3 * torch.randn_like(param)                     # targets must not be mistaken for what they follow
         batch = [torch.randn(3, 6, 4), torch.rand(3, 6, 2) * 2 - 1, torch.randn(3, 6), torch.randn(3, 6, 4),
                  (torch.rand(3, 6) < 0.3).double()]
         actor, critic, target = ([p.detach().clone().requires_grad_() for p in net.parameters()]
@@ -142,6 +146,13 @@ def test_maze_and_reacher_are_the_papers():
     reacher = qmp.make_envs(qmp.Args(env="reacher", device="cpu"), rng)
     assert reacher.obs.shape == (5, 15) and reacher.horizon == 200
     assert reacher.envs[0].data.body("hand").xpos == pytest.approx([0.410, 0.119, 0.239], abs=0.02)
+    still = reacher.envs[4]
+    for touches, stage in ((0, 0), (28, 0), (29, 1), (88, 2), (89, 3)):        # thirty steps near the start are a stage
+        still.reset(rng)
+        still.touches = touches
+        _, _, over, info = still.step(np.zeros(6))
+        assert info == {"success": stage == 3, "touched": True, "stages": stage} and over == (stage == 3)
+    reacher.reset()
     episodes = {}
     for _ in range(200):
         episodes |= reacher.step(np.zeros((5, 6)))[-1]
