@@ -64,9 +64,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Settings --------------------------------------------------------------------------------------------------------
 PARTS = {"Torso": ["torso"], "Head": ["head"], "Thigh": ["bthigh", "fthigh"], "Leg": ["bshin", "fshin"],
          "Foot": ["bfoot", "ffoot"]}
 FACTORS = {"Small": 0.75, "Big": 1.25}
@@ -133,9 +131,7 @@ class Args:
         self.p_student = p_student if self.p_student is None else self.p_student
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Environments
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Environments ----------------------------------------------------------------------------------------------------
 def cheetah_model(variant: str) -> mujoco.MjModel:
     """Gymnasium's half-cheetah with every size of one kind of body part scaled; the total mass stays 14 kg.
 
@@ -181,9 +177,7 @@ class Cheetahs:
         return torch.from_numpy(rewards.astype(np.float32))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Networks --------------------------------------------------------------------------------------------------------
 def linear(n_in: int, n_out: int, scale: float = 1.0) -> nn.Linear:
     """A layer whose units have normal weights of length `scale` and no bias."""
     layer = nn.Linear(n_in, n_out)
@@ -234,9 +228,7 @@ class Policy(nn.Module):
         return Normal(mean, log_std.exp(), validate_args=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The method
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The method ------------------------------------------------------------------------------------------------------
 def load_teachers(args: Args) -> dict[str, dict[str, Tensor]]:
     """The weights of each task's agent, out of the runs that --teachers names: the last that has the task."""
     if not args.teachers:
@@ -289,9 +281,7 @@ def distill_update(args: Args, student: Policy, teacher: Policy, optimizer: torc
     return {args.loss: loss.item(), "sigma": actions.stddev.mean().item()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Training --------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(args: Args, policies: dict, stopped=lambda: False) -> dict[str, np.ndarray] | None:
     """Episodes by the mean action of each task's policy (observations -> Normal), with the same starts every time.
@@ -398,9 +388,7 @@ def train(args: Args) -> Path:
     return run.dir
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures of the method
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Pictures of the method ------------------------------------------------------------------------------------------
 def plot_tasks(path: Path, names: list[str], returns: np.ndarray, others: dict[str, dict[str, float]]) -> None:
     """Each evaluation episode as a dot, (T, episodes), and its task's median, beside the numbers of others."""
     axis = Figure(figsize=(2 + 1.2 * len(names), 4), layout="constrained").subplots()
@@ -445,9 +433,7 @@ def film(args: Args, policies: dict, folder: Path) -> None:
         imageio.mimsave(folder / f"{name}.gif", frames, duration=60, loop=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Run folder: the same text in every script
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Run folder: the same text in every script -----------------------------------------------------------------------
 def crossed(before: int, after: int, period: int) -> bool:
     """Whether a multiple of `period` lies in (before, after]: the step counter grows by more than one."""
     return after // period > before // period

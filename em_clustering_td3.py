@@ -66,9 +66,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Settings --------------------------------------------------------------------------------------------------------
 PENDULUM = {
     "all": dict(hidden_sizes=(64, 64), lr=3e-3, batch_size=128, update_every=1, exploration_noise=0.05,
                 smoothing_noise=0.1, buffer_size=2_000_000, total_timesteps=1_000_000, eval_every=50_000,
@@ -183,9 +181,7 @@ class Args:
             raise ValueError("--no-common-starts goes with --method em, --flat-ground with --env legs; leave it out")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Environments
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Environments ----------------------------------------------------------------------------------------------------
 class Event(NamedTuple):
     """A task of the walker. Distances in Box2D's metres; the walker starts at x = 4.67."""
 
@@ -300,9 +296,7 @@ class Episode:
         return reward, terminated
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Networks --------------------------------------------------------------------------------------------------------
 class PolicyMLP(nn.Module):
     """An MLP for each of R policies, C times over (1 for policies, 2 for twin critics), all evaluated at once.
 
@@ -365,9 +359,7 @@ class TD3(nn.Module):
         return (self.noisy(actions, std) if std else actions).cpu().numpy()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Replay buffer
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Replay buffer ---------------------------------------------------------------------------------------------------
 class PolicyReplay:
     """The last `capacity` transitions of each policy; a row is obs, action, reward, next_obs, termination."""
 
@@ -405,9 +397,7 @@ def check_memory(num_bytes: int, capacity: int) -> None:
                  f"here; --buffer-size {int(0.8 * have / num_bytes * capacity)} would fit")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The method
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The method ------------------------------------------------------------------------------------------------------
 def assign_tasks(returns: np.ndarray) -> np.ndarray:
     """E-step: the policy that is best at each task, G (T, n) -> (T,); ties go to the lowest index."""
     return returns.argmax(1)
@@ -499,9 +489,7 @@ def project_conflicts(task_grads: Tensor, visit_order: np.ndarray) -> Tensor:
     return projected
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Training --------------------------------------------------------------------------------------------------------
 def play_pairs(args: Args, agent: TD3, episodes: int, rng: np.random.Generator, common_starts: bool,
                stopped) -> dict | None:
     """Deterministic episodes of every policy in every task that it could have, all of these pairs side by side.
@@ -673,9 +661,7 @@ def train(args: Args) -> Path:
     return run.dir
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Picture of the method
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Picture of the method -------------------------------------------------------------------------------------------
 def plot_e_steps(path: Path, names: tuple[str, ...], e_steps: dict, num_policies: int) -> None:
     """The paper's Fig. 9 and 10: a dot where an E-step gives a task to the panel's policy, its colour the return."""
     steps = np.array(list(e_steps))
@@ -695,9 +681,7 @@ def plot_e_steps(path: Path, names: tuple[str, ...], e_steps: dict, num_policies
     figure.savefig(path, dpi=120)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Run folder: the same text in every script
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Run folder: the same text in every script -----------------------------------------------------------------------
 def crossed(before: int, after: int, period: int) -> bool:
     """Whether a multiple of `period` lies in (before, after]: the step counter grows by more than one."""
     return after // period > before // period

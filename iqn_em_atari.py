@@ -64,9 +64,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Settings --------------------------------------------------------------------------------------------------------
 STEPS = "environment steps, summed over policies"
 FIXED = {"method", "preset", "games", "seed", "num_policies", "m_step_size", "width", "buffer_size"}
 UPDATE_EVERY, EPSILON, EVAL_EPSILON = 4, 0.01, 0.001          # equal in the paper and the authors' program
@@ -166,9 +164,7 @@ class Args:
             raise ValueError(f"--games {' '.join(self.games)}: give different ones, such as {' '.join(SCORES)}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Environments
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Environments ----------------------------------------------------------------------------------------------------
 def make_emulator(args: Args, game: int, **picture) -> AtariVectorEnv:
     """One copy of a game, in a thread of its own. Observation (1, 4, 84, 84) uint8: the last four grey pictures.
 
@@ -188,9 +184,7 @@ def human_normalised(games: tuple[str, ...], scores: np.ndarray) -> np.ndarray:
     return np.minimum((scores - low) / (high - low), 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Networks --------------------------------------------------------------------------------------------------------
 class IQN(nn.Module):
     """Quantiles of each action's return. With a head per game an update leaves Adam's memory of the others alone."""
 
@@ -217,9 +211,7 @@ class IQN(nn.Module):
         return torch.relu(self.dense(self.features(obs / 255)[:, None] * embedded))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Replay buffer
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Replay buffer ---------------------------------------------------------------------------------------------------
 class FrameReplay:
     """The last `capacity` frames of one policy in one game; stacks and n-step returns are put together when sampled.
 
@@ -290,9 +282,7 @@ def check_memory(num_bytes: int, capacity: int) -> None:
                  f"here; --buffer-size {int(0.8 * have / num_bytes * capacity)} would fit")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The method
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The method ------------------------------------------------------------------------------------------------------
 class GamePolicy:
     """A policy: its networks and their optimizer, a replay and an emulator per game, and the episode it is playing."""
 
@@ -404,9 +394,7 @@ def evaluate(args: Args, emulators: list[AtariVectorEnv], policies: list[GamePol
     return played and {"return": np.array([scores for scores, _ in played])}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Training --------------------------------------------------------------------------------------------------------
 def train(args: Args) -> Path:
     """E-steps and M-steps in turns; returns the run folder."""
     torch.set_num_threads(args.threads)
@@ -500,9 +488,7 @@ def train(args: Args) -> Path:
     return run.dir
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures of the method
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Pictures of the method ------------------------------------------------------------------------------------------
 def report_games(args: Args, policies: list[GamePolicy], assignment: list[int], result: dict, folder: Path) -> None:
     """Print what the assigned policies score; film 400 steps of each game if asked to."""
     print_table([f"{name} by policy {i}" for name, i in zip(args.games, assignment)], result)
@@ -535,9 +521,7 @@ def plot_clusters(path: Path, names: tuple[str, ...], history: list, num_policie
     figure.savefig(path, dpi=120)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Run folder: the same text in every script
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Run folder: the same text in every script -----------------------------------------------------------------------
 def crossed(before: int, after: int, period: int) -> bool:
     """Whether a multiple of `period` lies in (before, after]: the step counter grows by more than one."""
     return after // period > before // period

@@ -62,9 +62,7 @@ from torch.distributions import Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Settings --------------------------------------------------------------------------------------------------------
 PARTS = {"Torso": ["torso"], "Head": ["head"], "Thigh": ["bthigh", "fthigh"], "Leg": ["bshin", "fshin"],
          "Foot": ["bfoot", "ffoot"]}
 FACTORS = {"Small": 0.75, "Big": 1.25}
@@ -142,9 +140,7 @@ class Args:
         self.total_timesteps = self.total_timesteps or PRESETS[self.method] * len(self.tasks)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Environments
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Environments ----------------------------------------------------------------------------------------------------
 def cheetah_model(variant: str) -> mujoco.MjModel:
     """Gymnasium's half-cheetah with every size of one kind of body part scaled; the total mass stays 14 kg.
 
@@ -190,9 +186,7 @@ class Cheetahs:
         return torch.from_numpy(rewards.astype(np.float32))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Networks --------------------------------------------------------------------------------------------------------
 def linear(n_in: int, n_out: int, scale: float = 1.0) -> nn.Linear:
     """A layer whose units have normal weights of length `scale` and no bias."""
     layer = nn.Linear(n_in, n_out)
@@ -249,9 +243,7 @@ class Agent(nn.Module):
         return self.v3(torch.tanh(self.v2(torch.tanh(self.v1(self.filter(obs)))))).squeeze(-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The method
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The method ------------------------------------------------------------------------------------------------------
 def n_step_returns(rewards: Tensor, final_values: list[Tensor | None], last_value: Tensor, gamma: float) -> Tensor:
     """Discounted returns of a rollout of S steps, (S, P): R_t = r_t + gamma R_(t+1), bootstrapped where it is cut off.
 
@@ -316,9 +308,7 @@ def freeze(agent: Agent, layers: str | None) -> None:
         param.requires_grad_(name.startswith(trained))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Training --------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(args: Args, policies: dict, stopped=lambda: False) -> dict[str, np.ndarray] | None:
     """Episodes by the mean action of each task's policy (observations -> Normal), with the same starts every time.
@@ -421,9 +411,7 @@ def train(args: Args) -> Path:
     return run.dir
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures of the method
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Pictures of the method ------------------------------------------------------------------------------------------
 def plot_tasks(path: Path, names: list[str], returns: np.ndarray, others: dict[str, dict[str, float]]) -> None:
     """Each evaluation episode as a dot, (T, episodes), and its task's median, beside the numbers of others."""
     axis = Figure(figsize=(2 + 1.2 * len(names), 4), layout="constrained").subplots()
@@ -456,9 +444,7 @@ def film(args: Args, policies: dict, folder: Path) -> None:
         imageio.mimsave(folder / f"{name}.gif", frames, duration=60, loop=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Run folder: the same text in every script
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Run folder: the same text in every script -----------------------------------------------------------------------
 def crossed(before: int, after: int, period: int) -> bool:
     """Whether a multiple of `period` lies in (before, after]: the step counter grows by more than one."""
     return after // period > before // period

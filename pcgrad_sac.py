@@ -62,9 +62,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Settings --------------------------------------------------------------------------------------------------------
 MT10, MT50 = (tuple(name.removesuffix("-v3") for name in names) for names in
               (metaworld.env_dict.MT10_V3, metaworld.env_dict.MT50_V3))
 FAMILIES = {"mt3": ("reach", "drawer-close", "window-close"), "mt10": MT10, "mt50": MT50,
@@ -157,9 +155,7 @@ class Args:
             raise ValueError("--heads and --fixed-order go with --method pcgrad")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Environments
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Environments ----------------------------------------------------------------------------------------------------
 metaworld_benchmark = cache(metaworld.MT1)     # a task's class, and the fifty pairs of goal and start of a seed
 
 
@@ -235,9 +231,7 @@ def save_animation(path: Path, frames: list[list[np.ndarray]]) -> None:
     imageio.mimsave(path, [np.hstack([image[::2, ::2] for image in images]) for images in frames], duration=60, loop=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Networks --------------------------------------------------------------------------------------------------------
 class TaskMLP(nn.Module):
     """An MLP for each of T tasks, C times over (1 for policies, 2 for twin critics), all evaluated at once.
 
@@ -297,9 +291,7 @@ def make_agent(args: Args, obs_size: int, action_size: int) -> SAC:
     return SAC(actor, critic, num_tasks).to(args.device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Replay buffer
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Replay buffer ---------------------------------------------------------------------------------------------------
 class ReplayBuffer:
     """The last `capacity` transitions of each task; a row is obs, action, reward, next_obs, termination."""
 
@@ -337,9 +329,7 @@ def check_memory(num_bytes: int, capacity: int) -> None:
                  f"here; --buffer-size {int(0.8 * have / num_bytes * capacity)} would fit")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The method
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The method ------------------------------------------------------------------------------------------------------
 def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Action tanh(u), u = mean + std * noise, with its log-probability [nats]: (..., A) -> (..., A), (...)."""
     u = mean + log_std.exp() * noise
@@ -467,9 +457,7 @@ def update(args: Args, agent: SAC, optimizers: dict, batch: list[Tensor], rng: n
     return {name: loss.detach().cpu() for name, loss in losses.items()}, conflicts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Training --------------------------------------------------------------------------------------------------------
 def evaluate(args: Args, act, stopped=lambda: False, frames: list | None = None) -> dict[str, np.ndarray] | None:
     """--eval-episodes episodes of every task, in environments with a generator of their own.
 
@@ -590,9 +578,7 @@ def train(args: Args) -> Path:
     return run.dir
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Picture of the method
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Picture of the method -------------------------------------------------------------------------------------------
 def plot_conflicts(folder: Path, names: list[str], history: list) -> None:
     """conflicts.png: cosines between the tasks' gradients, four times over training."""
     known = [(step, means) for step, means in history if means]
@@ -611,9 +597,7 @@ def plot_conflicts(folder: Path, names: list[str], history: list) -> None:
     figure.savefig(folder / "conflicts.png", dpi=120)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Run folder: the same text in every script
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Run folder: the same text in every script -----------------------------------------------------------------------
 def crossed(before: int, after: int, period: int) -> bool:
     """Whether a multiple of `period` lies in (before, after]: the step counter grows by more than one."""
     return after // period > before // period

@@ -72,9 +72,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Settings --------------------------------------------------------------------------------------------------------
 GOALS = {"north-east": (1.0, 1.0), "south-west": (-1.0, -1.0), "south-east": (1.0, -1.0), "north-west": (-1.0, 1.0)}
 PARTS = {"Torso": ["torso"], "Head": ["head"], "Thigh": ["bthigh", "fthigh"], "Leg": ["bshin", "fshin"],
          "Foot": ["bfoot", "ffoot"]}
@@ -224,9 +222,7 @@ class Args:
             raise ValueError("--batch-size is at least one transition per task, --horizon in Meta-World at most 500")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Environments
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Environments ----------------------------------------------------------------------------------------------------
 class GoalTask:
     """Push a point to a goal at a corner: what one task wants is wrong for the three others.
 
@@ -397,9 +393,7 @@ def save_animation(path: Path, frames: list[list[np.ndarray]]) -> None:
     imageio.mimsave(path, [np.hstack([image[::2, ::2] for image in images]) for images in frames], duration=60, loop=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Networks --------------------------------------------------------------------------------------------------------
 class TaskMLP(nn.Module):
     """An MLP for each of T tasks, C times over (1 for policies, 2 for twin critics), all evaluated at once.
 
@@ -520,9 +514,7 @@ def make_agent(args: Args, obs_size: int, action_size: int) -> BoundedSAC:
     return agent.to(args.device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Replay buffer
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Replay buffer ---------------------------------------------------------------------------------------------------
 class TaskReplay:
     """The last transitions of each task; a row is obs, action, reward, next_obs, termination."""
 
@@ -576,9 +568,7 @@ def check_memory(num_bytes: int, capacity: int) -> None:
                  f"here; --buffer-size {int(0.8 * have / num_bytes * capacity)} would fit")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The method
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The method ------------------------------------------------------------------------------------------------------
 def draw_schedule(args: Args) -> np.ndarray:
     """The active task of every environment step, by number: --learning-starts steps of each, then blocks of K steps.
 
@@ -769,9 +759,7 @@ def correct(args: Args, agent: SAC, optimizer: torch.optim.Optimizer, states: Te
     return found | {"kl": kl.detach(), "steps": torch.tensor(float(steps))}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Training --------------------------------------------------------------------------------------------------------
 def evaluate(args: Args, act, stopped=lambda: False, frames: list | None = None) -> dict[str, np.ndarray] | None:
     """--eval-episodes episodes of every task, in environments with a generator of their own.
 
@@ -963,9 +951,7 @@ def train(args: Args) -> Path:
     return run.dir
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures of the method
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Pictures of the method ------------------------------------------------------------------------------------------
 def plot_weights(folder: Path, names: list[str]) -> None:
     """weights.png from metrics.csv: the tasks' weights over training (Figure 4), and how much is corrected."""
     table = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True, deletechars="", ndmin=1)
@@ -987,9 +973,7 @@ def plot_weights(folder: Path, names: list[str]) -> None:
     figure.savefig(folder / "weights.png", dpi=120)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Run folder: the same text in every script
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Run folder: the same text in every script -----------------------------------------------------------------------
 def crossed(before: int, after: int, period: int) -> bool:
     """Whether a multiple of `period` lies in (before, after]: the step counter grows by more than one."""
     return after // period > before // period

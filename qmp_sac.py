@@ -69,9 +69,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Settings --------------------------------------------------------------------------------------------------------
 TASKS = {"maze": tuple(f"task{i}" for i in range(10)), "reacher": tuple(f"task{i}" for i in range(5)),
          "metaworld": ("door-open", "door-close", "drawer-open", "drawer-close")}
 COMMON = dict(hidden_size=256, mixture_warmup=0.0, switch_action="sample", switch_q="min", kl_weight=1e-3,
@@ -190,9 +188,7 @@ class Args:
             raise ValueError("--method qmp-domain knows how the reacher's tasks are related; use it with --env reacher")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Environments
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Environments ----------------------------------------------------------------------------------------------------
 MAZE = ("############", "#....#.....#", "#.##.#.#.#.#", "#......#...#", "#.####.###.#", "#..#.#.....#",
         "##.#.#.#.###", "#..#...#...#", "############")    # D4RL's large maze; row = x axis, column = y axis
 MAZE_TASKS = [((1, 3), (5, 8)), ((1, 10), (2, 4)), ((4, 1), (1, 7)), ((7, 4), (4, 10)), ((1, 3), (7, 4)),
@@ -502,9 +498,7 @@ def save_animation(path: Path, frames: list[list[np.ndarray]]) -> None:
     imageio.mimsave(path, [np.hstack([image[::2, ::2] for image in images]) for images in frames], duration=60, loop=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Networks --------------------------------------------------------------------------------------------------------
 class TaskMLP(nn.Module):
     """An MLP for each of T tasks, C times over (1 for policies, 2 for twin critics), all evaluated at once.
 
@@ -566,9 +560,7 @@ def make_agent(args: Args, obs_size: int, action_size: int) -> SAC:
     return agent.to(args.device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Replay buffer
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Replay buffer ---------------------------------------------------------------------------------------------------
 class ReplayBuffer:
     """The last `capacity` transitions of each task; a row is obs, action, reward, next_obs, termination."""
 
@@ -606,9 +598,7 @@ def check_memory(num_bytes: int, capacity: int) -> None:
                  f"here; --buffer-size {int(0.8 * have / num_bytes * capacity)} would fit")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The method
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The method ------------------------------------------------------------------------------------------------------
 def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Action tanh(u), u = mean + std * noise, with its log-probability [nats]: (..., A) -> (..., A), (...)."""
     u = mean + log_std.exp() * noise
@@ -721,9 +711,7 @@ def distill(args: Args, agent: SAC, optimizer: torch.optim.Optimizer, buffer: Re
             param.copy_(common.expand_as(param))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Training --------------------------------------------------------------------------------------------------------
 @torch.random.fork_rng(devices=[])                                     # what a mixture draws is not training's
 def evaluate(args: Args, agent: SAC, method: str, stopped=lambda: False, frames: list | None = None,
              paths: list[list] | None = None) -> dict[str, np.ndarray] | None:
@@ -873,9 +861,7 @@ def train(args: Args) -> Path:
     return run.dir
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures of the method
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Pictures of the method ------------------------------------------------------------------------------------------
 def plot_mixture(folder: Path, counts: np.ndarray, names: list[str]) -> None:
     """Who borrows from whom: mixture.csv has the share of task i's steps that policy j took in row i, column j.
 
@@ -929,9 +915,7 @@ def plot_stages(folder: Path, names: list[str]) -> None:
     figure.savefig(folder / "stages.png", dpi=120)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Run folder: the same text in every script
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Run folder: the same text in every script -----------------------------------------------------------------------
 def crossed(before: int, after: int, period: int) -> bool:
     """Whether a multiple of `period` lies in (before, after]: the step counter grows by more than one."""
     return after // period > before // period

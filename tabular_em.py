@@ -51,9 +51,7 @@ from pydantic.dataclasses import dataclass
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Settings --------------------------------------------------------------------------------------------------------
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 STEPS = "environment steps, summed over policies"
@@ -105,9 +103,7 @@ class Args:
             raise ValueError(f"--num-policies: --method {self.method} has {preset}; leave the flag out")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Environments
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Environments ----------------------------------------------------------------------------------------------------
 class Tasks(NamedTuple):
     """Tasks with the same states, actions and start, which differ in reward and goal."""
 
@@ -157,9 +153,7 @@ def chain_tasks(as_printed: bool = False) -> Tasks:
                  optimum=20.616 if as_printed else 18.116, width=51)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The method
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The method ------------------------------------------------------------------------------------------------------
 def greedy(values: list[float], rng: random.Random) -> int:
     """The action of highest value; ties are broken at random."""
     best = max(values)
@@ -245,9 +239,7 @@ class Trial:
         self.rng.setstate(state["rng"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Training --------------------------------------------------------------------------------------------------------
 def train(args: Args) -> Path:
     """E-step and M-step in turns, in every trial; returns the run folder."""
     tasks = grid_tasks() if args.env == "grid" else chain_tasks(as_printed=args.env == "chain-paper")
@@ -309,9 +301,7 @@ def compare(trials: list[Trial], own: np.ndarray) -> dict[str, float]:
             **{f"trial{number}/return": value for number, value in enumerate(own)}}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures of the method
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Pictures of the method ------------------------------------------------------------------------------------------
 def plot_returns(rows: list[dict], optimum: float, path: Path) -> None:
     """The paper's Fig. 2 and 3, left: return over training, mean over trials with its 95 % confidence band."""
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -358,9 +348,7 @@ def plot_policies(trial: Trial, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Run folder: the same text in every script
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Run folder: the same text in every script -----------------------------------------------------------------------
 def crossed(before: int, after: int, period: int) -> bool:
     """Whether a multiple of `period` lies in (before, after]: the step counter grows by more than one."""
     return after // period > before // period
