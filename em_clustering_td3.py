@@ -442,7 +442,7 @@ def td3_update(args: Args, agent: TD3, optimizers: dict, batch: list[Tensor], up
 
 
 def apply_gradients(args: Args, optimizer: torch.optim.Optimizer, net: PolicyMLP, grads: list[Tensor],
-            rng: np.random.Generator) -> None:
+                    rng: np.random.Generator) -> None:
     """One step of Adam with the policies' gradients, clipped; `rng` draws the order of gradient surgery.
 
     Where tasks share a layer, it gets the mean of their gradients, in surgery after projection, of each twin by itself.

@@ -625,7 +625,7 @@ def project_conflicts(task_grads: Tensor, visit_order: np.ndarray) -> Tensor:
 
 
 def descend_mean(args: Args, optimizer: torch.optim.Optimizer, net: nn.Module, loss_of, rng: np.random.Generator,
-            scale=1.0) -> Tensor:
+                 scale=1.0) -> Tensor:
     """Descend the mean of the tasks' losses, after what the method does to gradients; returns the losses, (K,).
 
     Args:
