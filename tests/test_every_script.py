@@ -26,23 +26,24 @@ CHEETAHS = ("--tasks SmallFoot BigLeg --num-envs 2 --total-timesteps 3200 --eval
             "--checkpoint-every 800 --hidden-size 8")
 QUICK = {
     "tabular_em": "--trials 3 --total-timesteps 40000 --eval-every 10000 --checkpoint-every 10000",
-    "em_clustering_td3": "--num-policies 2 --total-timesteps 7200 --m-step-size 600 --learning-starts 100 "
-                         "--update-every 3 --batch-size 16 --hidden-sizes 16 16 --eval-every 2400 --eval-episodes 1 "
-                         "--checkpoint-every 400",
-    "iqn_em_atari": "--preset laptop --games DemonAttack Assault --total-timesteps 960 --m-step-size 80 --horizon 40 "
+    "em_clustering_td3": "--num-policies 2 --total-timesteps 4800 --m-step-size 600 --e-step-episodes 2 "
+                         "--learning-starts 100 --update-every 3 --batch-size 16 --hidden-sizes 16 16 --eval-every 1200 "
+                         "--eval-episodes 1 --checkpoint-every 400",
+    "iqn_em_atari": "--preset laptop --games DemonAttack Assault --total-timesteps 640 --m-step-size 80 --horizon 40 "
                     "--eval-steps 1 --eval-episodes 1 --learning-starts 20 --batch-size 4 --width 0.0625 "
-                    "--eval-every 320 --checkpoint-every 120 --num-quantiles 4 4 4 --buffer-size 300",
+                    "--eval-every 160 --checkpoint-every 120 --num-quantiles 4 4 4 --buffer-size 300",
     "qmp_sac": "--tasks 0 4 8 --total-timesteps 6000 --train-every 100 --learning-starts 200 --gradient-steps 3 "
                "--hidden-size 16 --batch-size 16 --eval-every 2700 --eval-episodes 1 --checkpoint-every 600",
     "pcgrad_sac": META_WORLD, "dgrad_arch_sac": META_WORLD,
-    "picor_sac": "--total-timesteps 1200 --horizon 20 --block-steps 30 --learning-starts 25 --hidden-sizes 16 16 "
-                 "--batch-size 16 --eval-every 400 --eval-episodes 1 --checkpoint-every 130 --correction-states 8 "
+    "picor_sac": "--total-timesteps 800 --horizon 20 --block-steps 30 --learning-starts 25 --hidden-sizes 16 16 "
+                 "--batch-size 16 --eval-every 240 --eval-episodes 1 --checkpoint-every 130 --correction-states 8 "
                  "--weight-warmup 2",
     "multitask_a2c": CHEETAHS, "distill_a2c": CHEETAHS + " --p-student 0.5",
 }
 EXACT = ("tabular_em", "multitask_a2c", "distill_a2c")     # their environments' whole state is in the checkpoint
-ONLY_FOR = {("qmp_sac", "qmp-domain"): "--env reacher --tasks 0 1 3"}      # what a method needs beside the quick flags
-WITHOUT = {"em_clustering_td3": ("--num-policies 2 ", "--m-step-size 600 "), "iqn_em_atari": ("--m-step-size 80 ", "--eval-steps 1 "),
+ONLY_FOR = {("qmp_sac", "qmp-domain"): "--env reacher --tasks 0 1 3",      # what a method needs beside the quick flags
+            ("picor_sac", "soft-modules"): "--update-every 20", ("picor_sac", "ktm"): "--offline-updates 50"}
+WITHOUT = {"em_clustering_td3": ("--num-policies 2 ", "--m-step-size 600 --e-step-episodes 2 "), "iqn_em_atari": ("--m-step-size 80 ", "--eval-steps 1 "),
            "picor_sac": ("--correction-states 8 ", "--weight-warmup 2", "--block-steps 30 ")}     # the first method's own flags
 every_script = pytest.mark.parametrize("script", QUICK)
 
@@ -123,18 +124,6 @@ def test_alone_in_an_empty_folder(script, straight, tmp_path, request):
     assert any(path.name.startswith("events") for path in folder.iterdir())
 
 
-@every_script
-def test_in_a_notebook_with_another_seed(script, straight, tmp_path):
-    """Settings as Python objects, paths as text, in a thread that may not listen to signals."""
-    module, made = importlib.import_module(script), []
-    settings = json.loads((straight(script) / "args.json").read_text(encoding="utf-8"))["args"]
-    args = module.Args(**settings | {"runs_dir": str(tmp_path), "seed": 2})
-    thread = threading.Thread(target=lambda: made.append(module.train(args)))
-    thread.start()
-    thread.join()
-    assert made[0].parent == tmp_path and metrics(made[0]) != metrics(straight(script))
-
-
 # --- stop and go on --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("script, where", [*((script, "evaluation") for script in QUICK),
                                            *((script, "checkpoint") for script in EXACT)])
@@ -170,7 +159,7 @@ def test_stopped_and_resumed(script, where, run, straight, tmp_path, monkeypatch
 
 @every_script
 def test_resuming_restores_all_that_was_saved(script, run, straight, tmp_path, monkeypatch):
-    """A run that is resumed and stopped before its first step saves what it has loaded."""
+    """A run that is resumed and stopped before its first step saves what it has loaded; one that begins, its seed."""
     module, folder = importlib.import_module(script), tmp_path / "run"
     shutil.copytree(straight(script), folder)
     original = module.Run.__init__
@@ -180,9 +169,16 @@ def test_resuming_restores_all_that_was_saved(script, run, straight, tmp_path, m
         self.stop.set()
         self.stop_signal = signal.SIGTERM
     monkeypatch.setattr(module.Run, "__init__", stopped)
+
+    def begun(seed: str) -> dict:
+        with pytest.raises(SystemExit):
+            run(script, f"--seed {seed} --runs-dir {shlex.quote(str(tmp_path / seed))}")
+        return checkpoint(max((tmp_path / seed).iterdir()))
     before = checkpoint(folder)
     with pytest.raises(SystemExit):
         run(script, f"--resume {shlex.quote(str(folder))} --total-timesteps 99999999", quick=False)
+    first, second = map(begun, "23")
+    assert not all(same(first[key], second[key]) for key in first.keys() - {"seconds"})
     after = checkpoint(folder)
     drawn_anew = set() if script in EXACT else FRESH
     assert before.keys() == after.keys()
@@ -229,13 +225,17 @@ def test_evaluating_a_run(script, run, straight, capsys):
 
 
 @every_script
-def test_measuring_more_often_changes_nothing(script, run, straight, tmp_path):
+def test_in_a_notebook_and_measured_more_often_it_learns_the_same(script, straight, tmp_path):
+    """Settings as Python objects, paths as text, in a thread that may not listen to signals."""
+    module, made = importlib.import_module(script), []
     settings = json.loads((straight(script) / "args.json").read_text(encoding="utf-8"))["args"]
-    flags = f"--eval-every {settings['eval_every'] // 2} --checkpoint-every {settings['checkpoint_every'] // 2}"
-    flags += " --watch-every 1" if "watch_every" in settings else ""
-    often = checkpoint(run(script, f"{flags} --runs-dir {tmp_path}"))
-    seldom = checkpoint(straight(script))
-    assert len(often["rows"]) > len(seldom["rows"])
+    settings |= {name: settings[name] // 2 for name in ("eval_every", "checkpoint_every")} | {"runs_dir": str(tmp_path)}
+    args = module.Args(**settings | ({"watch_every": 1} if "watch_every" in settings else {}))
+    thread = threading.Thread(target=lambda: made.append(module.train(args)))
+    thread.start()
+    thread.join()
+    often, seldom = checkpoint(made[0]), checkpoint(straight(script))
+    assert made[0].parent == tmp_path and len(often["rows"]) > len(seldom["rows"])
     for key in often.keys() - {"rows", "seconds", "history", "recent"}:
         assert same(often[key], seldom[key]), key
 
