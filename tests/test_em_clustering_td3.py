@@ -215,11 +215,6 @@ def test_time_limits_bootstrap_unless_asked_not_to(flag, tmp_path, monkeypatch):
     assert noise.std() == pytest.approx(0.278, rel=0.1) and abs(noise).max() == pytest.approx(0.5, abs=1e-5)   # clipped
 
 
-def test_projection_by_hand():
-    grads = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])
-    assert em.project_conflicts(grads, np.array([[1], [0]])).tolist() == [[0.5, 0.5], [0, 1]]
-
-
 def plain(stack):
     """A stack's networks as lists of matrices and biases, [copy][row]; layers that rows share are the same tensors."""
     leaves = [[one.detach().clone().requires_grad_() for one in param] for param in stack.params]
@@ -298,5 +293,3 @@ def test_networks_have_the_papers_numbers_of_parameters(env, method, count):
     args = em.Args(env=env, method=method)
     agent = em.TD3(args, args.num_policies or {"sp": 1}.get(method, len(args.tasks)), em.make_env(args, args.tasks[0]))
     assert sum(p.numel() for net in (agent.actor, agent.critic) for p in net.parameters()) == count
-    with pytest.raises(ValueError, match="--num-policies"):
-        em.Args(env=env, method="multihead", num_policies=3)

@@ -278,6 +278,7 @@ BAD = {"--method nothing": "nothing", "--seed -1": "seed", "--total-timesteps 0"
 BAD_FOR = {
     "tabular_em": {"--num-policies 0": "num_policies", "--method sp --num-policies 2": "--num-policies"},
     "em_clustering_td3": {"--method sp --num-policies 2": "--num-policies",
+                          "--method multihead --num-policies 3": "--num-policies",
                           "--buffer-size 100000000000 --total-timesteps 1000000000000": "--buffer-size"},
     "iqn_em_atari": {"--preset laptop --games MsPacMen": "MsPacman", "--method ppt --num-policies 4": "--num-policies",
                      "--buffer-size 1000000000 --total-timesteps 1000000000000": "--buffer-size"},
