@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11,<3.14"
 # dependencies = [
-#   "torch==2.13.0", "numpy==2.4.6", "metaworld==3.1.1", "tyro==1.0.17", "pydantic==2.14.4",
+#   "torch==2.13.0", "numpy==2.4.6", "mujoco==3.3.0", "metaworld==3.1.1", "tyro==1.0.17", "pydantic==2.14.4",
 #   "filelock==4.3.1", "imageio==2.38.1", "tensorboard==2.21.0", "tqdm==4.70.1", "matplotlib==3.11.2",
 # ]
 # ///
@@ -49,6 +49,7 @@ from typing import Annotated, Literal
 
 import imageio.v2 as imageio
 import metaworld
+import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
@@ -168,7 +169,7 @@ class MetaWorldTask:
 
     def __init__(self, name: str, one_hot: np.ndarray, seed: int, num_goals: int):
         benchmark = metaworld_benchmark(f"{name}-v3", seed=seed)
-        self.env = benchmark.train_classes[f"{name}-v3"](render_mode="rgb_array", camera_name="corner2")
+        self.env, self.renderer = benchmark.train_classes[f"{name}-v3"](), None
         self.goals, self.queue, self.one_hot = benchmark.train_tasks[:num_goals], [], one_hot
 
     def reset(self, rng: np.random.Generator) -> np.ndarray:
@@ -185,10 +186,12 @@ class MetaWorldTask:
     def render(self) -> np.ndarray:
         """What a camera sees, (480, 480, 3) uint8."""
         try:
-            return self.env.render()[::-1, ::-1]                       # Meta-World's camera hangs upside down
+            self.renderer = self.renderer or mujoco.Renderer(self.env.model, 480, 480)
         except Exception as error:                                     # each backend of OpenGL raises its own
             sys.exit(f"pictures need OpenGL ({error}); without a screen set MUJOCO_GL=egl or MUJOCO_GL=osmesa and "
                      "install it, or leave --capture-video out")
+        self.renderer.update_scene(self.env.data, "corner2")
+        return self.renderer.render()[::-1, ::-1]                      # Meta-World's camera hangs upside down
 
 
 class TaskEnvs:

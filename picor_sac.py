@@ -325,7 +325,7 @@ class MetaWorldTask:
 
     def __init__(self, name: str, one_hot: np.ndarray, seed: int, num_goals: int):
         benchmark = metaworld_benchmark(f"{name}-v3", seed=seed)
-        self.env = benchmark.train_classes[f"{name}-v3"](render_mode="rgb_array", camera_name="corner2")
+        self.env, self.renderer = benchmark.train_classes[f"{name}-v3"](), None
         self.goals, self.queue, self.one_hot = benchmark.train_tasks[:num_goals], [], one_hot
 
     def reset(self, rng: np.random.Generator) -> np.ndarray:
@@ -342,10 +342,12 @@ class MetaWorldTask:
     def render(self) -> np.ndarray:
         """What a camera sees, (480, 480, 3) uint8."""
         try:
-            return self.env.render()[::-1, ::-1]                       # Meta-World's camera hangs upside down
+            self.renderer = self.renderer or mujoco.Renderer(self.env.model, 480, 480)
         except Exception as error:                                     # each backend of OpenGL raises its own
             sys.exit(f"pictures need OpenGL ({error}); without a screen set MUJOCO_GL=egl or MUJOCO_GL=osmesa and "
                      "install it, or leave --capture-video out")
+        self.renderer.update_scene(self.env.data, "corner2")
+        return self.renderer.render()[::-1, ::-1]                      # Meta-World's camera hangs upside down
 
 
 class TaskEnvs:

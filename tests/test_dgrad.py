@@ -224,6 +224,16 @@ def test_tasks_are_meta_worlds_and_success_is_that_of_any_step():
     assert info["success"] == 0 and envs.obs[0] == pytest.approx([*stock.reset()[0], 0, 1], abs=1e-6)
 
 
+def test_pictures_of_two_tasks_do_not_mix():
+    def first_picture(*names):
+        envs, rng = [pc.MetaWorldTask(name, np.zeros(1), 3, 1) for name in names], np.random.default_rng(0)
+        return [env.render() for env in [*envs, envs[0]] if env.reset(rng) is not None][-1]
+    try:
+        assert np.array_equal(first_picture("reach"), first_picture("reach", "door-open"))
+    except SystemExit as error:
+        pytest.skip(str(error))
+
+
 def test_fifty_episodes_meet_fifty_goals_once():
     args, seen = dg.Args(tasks=("reach",), eval_episodes=50, horizon=1), []
     result = dg.evaluate(args, lambda obs: seen.append(tuple(obs[0, 36:39])) or np.zeros((1, 4)))
