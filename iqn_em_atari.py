@@ -482,6 +482,7 @@ def train(args: Args) -> Path:
     save()
     if not run.stop.is_set():
         report_games(args, policies, assignment, result, run.dir)
+        plot_games(run.dir, args.games)
         if history:
             plot_clusters(run.dir / "assignment.png", args.games, history, n)
     run.close()
@@ -503,6 +504,20 @@ def report_games(args: Args, policies: list[GamePolicy], assignment: list[int], 
             obs, picture = (emulator.step(action)[0] for emulator in pair)
             frames.append(picture[0, 0])
         imageio.mimsave(folder / f"{name}.gif", frames, duration=60, loop=0)
+
+
+def plot_games(folder: Path, names: tuple[str, ...]) -> None:
+    """games.png from metrics.csv: each game's score, beside random play (dotted) and a human (dashed)."""
+    table = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True, deletechars="", ndmin=1)
+    rows = -(-len(names) // 6)
+    figure = Figure(figsize=(3 * -(-len(names) // rows), 2.8 * rows), layout="constrained")
+    for axis, name in zip(figure.subplots(rows, -(-len(names) // rows), squeeze=False).flat, names):
+        axis.plot(table["global_step"], table[f"{name}/return"])
+        for score, style in zip(SCORES.get(name, ()), (":", "--")):
+            axis.axhline(score, color="black", linestyle=style)
+        axis.set(title=name)
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    figure.savefig(folder / "games.png", dpi=120)
 
 
 def plot_clusters(path: Path, names: tuple[str, ...], history: list, num_policies: int) -> None:
