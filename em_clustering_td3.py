@@ -483,8 +483,8 @@ def project_conflicts(task_grads: Tensor, visit_order: np.ndarray) -> Tensor:
     projected = task_grads.clone()
     for i, partners in enumerate(visit_order):
         for j in partners:
-            dot = (projected[i] * task_grads[j]).sum()                 # so far projected, against the original j; `@` on
-            if dot < 0:                                                # vectors is slow: oneDNN does it in "medium"
+            dot = (projected[i] * task_grads[j]).sum()                 # projected so far, against the original j; @ on
+            if dot < 0:                                                # vectors is slow: "medium" leaves it to oneDNN
                 projected[i] -= dot / (task_grads[j].square().sum() + 1e-12) * task_grads[j]
     return projected
 
