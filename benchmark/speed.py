@@ -100,7 +100,7 @@ def our_program(script: str, flags: str, steps: int) -> list[float]:
         flags += f" --runs-dir {folder} --eval-every 100000000 --eval-episodes 1 --total-timesteps"
         costs = [cpu_ms(partial(module.train, module.tyro.cli(module.Args, args=[*flags.split(), str(total)])))
                  for total in (steps, 2 * steps)]
-    return [1e3 / steps * (costs[1] - costs[0]), sum(spent) / max(len(spent), 1)]
+    return [1e3 / steps * (costs[1] - costs[0]), *([sum(spent) / len(spent)] if spent else [])]
 
 
 TD3 = dict(env="Pendulum-v1", num_envs=1, steps=4_000, batch_size=128, policy_kwargs={"net_arch": [64, 64]})
