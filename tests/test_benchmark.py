@@ -1,6 +1,8 @@
 """The benchmark programs: verdicts that keep their promise, equal steps, runs that are neither lost nor repeated."""
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -33,6 +35,13 @@ def test_an_entry_speaks_of_what_exists_and_its_commands_parse(name):
     for scale, method in ((scale, method) for scale in ("laptop", "paper") for method in METHODS[name]):
         command = run.Job(run.Args(name, scale=scale), name, method, 1).command
         module.tyro.cli(module.Args, args=[word.replace("{needs}", str(ROOT)) for word in command[2:]])
+
+
+def test_commands_on_pages_parse():
+    pages = [ROOT / "README.md", ROOT / "benchmark" / "README.md", *(ROOT / "docs").glob("*.md")]
+    found = [match for page in pages for match in re.findall(r"python benchmark/(run|compare)\.py ?([^`\n#]*)", page.read_text(encoding="utf-8"))]
+    assert len(found) > 5 and all(run.tyro.cli({"run": run, "compare": compare}[program].Args, args=shlex.split(flags))
+                                  for program, flags in found)
 
 
 def test_the_settings_of_tables_exist():
