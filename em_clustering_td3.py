@@ -483,8 +483,9 @@ def project_conflicts(task_grads: Tensor, visit_order: np.ndarray) -> Tensor:
     projected = task_grads.clone()
     for i, partners in enumerate(visit_order):
         for j in partners:
-            dot = (projected[i] * task_grads[j]).sum()                 # projected so far, against the original j; @ on
-            if dot < 0:                                                # vectors is slow: "medium" leaves it to oneDNN
+            # not `@`: in "medium" precision oneDNN takes several times as long for the product of two vectors
+            dot = (projected[i] * task_grads[j]).sum()                 # projected so far, against the original j
+            if dot < 0:
                 projected[i] -= dot / (task_grads[j].square().sum() + 1e-12) * task_grads[j]
     return projected
 

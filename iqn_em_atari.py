@@ -509,9 +509,9 @@ def report_games(args: Args, policies: list[GamePolicy], assignment: list[int], 
 def plot_games(folder: Path, names: tuple[str, ...]) -> None:
     """games.png from metrics.csv: each game's score, beside random play (dotted) and a human (dashed)."""
     table = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True, deletechars="", ndmin=1)
-    rows = -(-len(names) // 6)
-    figure = Figure(figsize=(3 * -(-len(names) // rows), 2.8 * rows), layout="constrained")
-    for axis, name in zip(figure.subplots(rows, -(-len(names) // rows), squeeze=False).flat, names):
+    rows, columns = math.ceil(len(names) / 6), min(len(names), 6)
+    figure = Figure(figsize=(3 * columns, 2.8 * rows), layout="constrained")
+    for axis, name in zip(figure.subplots(rows, columns, squeeze=False).flat, names):
         axis.plot(table["global_step"], table[f"{name}/return"])
         for score, style in zip(SCORES.get(name, ()), (":", "--")):
             axis.axhline(score, color="black", linestyle=style)

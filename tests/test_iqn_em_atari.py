@@ -180,6 +180,14 @@ def test_the_replay_returns_what_was_put_in_also_from_a_checkpoint(capacity, n_s
     assert set(actions) == possible and counts.min() > 0.5 * counts.mean() and counts.max() < 1.7 * counts.mean()
 
 
+def test_a_replay_that_would_not_fit_is_refused_and_what_is_named_fits(monkeypatch, tmp_path):
+    monkeypatch.setattr(iqn.os, "sysconf", lambda name: 10**6 if name == "SC_PAGE_SIZE" else 2, raising=False)   # 2 MB
+    with pytest.raises(SystemExit) as refused:
+        iqn.train(iqn.Args(**SMALL | {"total_timesteps": 4_000, "runs_dir": tmp_path}))
+    fits = int(str(refused.value).split("--buffer-size ")[1].split()[0])
+    assert 40 < fits and 4 * fits * 7_056 < 2e6 and not list(tmp_path.iterdir())
+
+
 # --- the schedule ----------------------------------------------------------------------------------------------------
 class Clock:
     """A game of `length` steps that pays 3 for each."""
