@@ -1,10 +1,8 @@
 # /// script
 # requires-python = ">=3.11,<3.14"
-# dependencies = [
-#   "torch==2.13.0", "numpy==2.4.6", "gymnasium[mujoco]==1.4.0", "mujoco==3.3.0", "tyro==1.0.17",
-#   "pydantic==2.14.4", "filelock==4.3.1", "imageio==2.38.1", "tensorboard==2.21.0", "tqdm==4.70.1",
-#   "matplotlib==3.11.2",
-# ]
+# dependencies = ["torch==2.13.0", "numpy==2.4.6", "gymnasium[mujoco]==1.4.0", "mujoco==3.3.0", "tyro==1.0.17",
+#                 "pydantic==2.14.4", "filelock==4.3.1", "imageio==2.38.1", "tensorboard==2.21.0", "tqdm==4.70.1",
+#                 "matplotlib==3.11.2"]
 # ///
 """Multi-task distillation: one student with a head per task learns what a teacher per task does.
 
@@ -67,13 +65,12 @@ from tqdm import tqdm
 # --- Settings --------------------------------------------------------------------------------------------------------
 PARTS = {"Torso": ["torso"], "Head": ["head"], "Thigh": ["bthigh", "fthigh"], "Leg": ["bshin", "fshin"],
          "Foot": ["bfoot", "ffoot"]}
-FACTORS = {"Small": 0.75, "Big": 1.25}
-VARIANTS = tuple(size + part for part in PARTS for size in FACTORS)
+VARIANTS = tuple(size + part for part in PARTS for size in ("Small", "Big"))
 PAPER = ("SmallFoot", "BigFoot", "SmallLeg", "SmallThigh", "SmallTorso", "BigTorso")
 HORIZON, GOOD_RETURN, LOG_EVERY = 1_000, 1_000, 20_000        # steps; a success; environment steps between writes
 STEPS = "environment steps, summed over tasks"
 FIXED = {"method", "tasks", "seed", "teachers", "loss", "num_envs", "hidden_size"}
-PRESETS = {"distill": (1_000_000, 1.0), "single": (5_000_000, 0.0)}                   # steps per task, p_student
+PRESETS = {"distill": 1_000_000, "single": 5_000_000}         # steps per task
 TABLE_2 = {"paper, distillation 1M": dict(zip(PAPER, (1348.30, -63.07, 1413.55, 838.35, 2116.94, 1323.61)))}
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -81,66 +78,44 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 @dataclass
 class Args:
-    method: Literal["distill", "single"] = "distill"
-    """one student with a head per task, or a student per task, with the authors' settings for that"""
-    tasks: Annotated[tuple[Literal[VARIANTS], ...], Field(min_length=1)] = PAPER
-    """body-part variants"""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
-    """seeds every generator"""
-    total_timesteps: Positive | None = None
-    """environment steps, summed over tasks; None: 1M per task, as in the paper's Table 2; 5M per task with single"""
-    device: str = "cpu"
-    """where the networks live"""
-    threads: Positive = 1
-    """CPU threads of PyTorch: networks this small gain little from more"""
-    eval_every: Positive = 300_000
-    """environment steps between evaluations"""
-    eval_episodes: Positive = 20
-    """episodes per task and evaluation: deterministic policy, separate environments, own generators"""
-    checkpoint_every: Positive = 600_000
-    """environment steps between checkpoints; one is always written at the end and on Ctrl-C or SIGTERM"""
-    runs_dir: Path = Path("runs")
-    """where run folders go"""
-    resume: Path | None = None
-    """run folder to go on from, with its settings; a larger --total-timesteps, for instance, on top"""
-    evaluate: Path | None = None
-    """run folder to load and evaluate; trains nothing"""
-    capture_video: bool = False
-    """after training or with --evaluate: an animated picture of each task"""
+    method: Literal["distill", "single"] = "distill"  # one student with heads; one per task, with the authors' settings
+    tasks: Annotated[tuple[Literal[VARIANTS], ...], Field(min_length=1)] = PAPER  # bodies of a half-cheetah
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1  # seeds every generator
+    total_timesteps: Positive | None = None   # summed over tasks; None: 1M per task, as in Table 2, 5M with single
+    device: str = "cpu"                       # where the networks live
+    threads: Positive = 1                     # of PyTorch on a CPU: networks this small gain little from more
+    eval_every: Positive = 300_000            # environment steps between evaluations
+    eval_episodes: Positive = 20              # per task and evaluation, deterministic, in separate environments
+    checkpoint_every: Positive = 600_000      # environment steps between checkpoints; one more when the run ends
+    runs_dir: Path = Path("runs")             # where run folders go
+    resume: Path | None = None                # run folder to go on from, with its settings and flags given on top
+    evaluate: Path | None = None              # run folder to load and evaluate; trains nothing
+    capture_video: bool = False               # with --evaluate: an animated picture of each task
 
-    teachers: tuple[Path, ...] = ()
-    """run folders of multitask_a2c.py --method scratch that have all the tasks between them"""
-    p_student: Annotated[float, Field(ge=0, le=1)] | None = None
-    """probability that a rollout is the student's and not the teacher's, paper: p_s; None: 1, or 0 with single"""
+    teachers: tuple[Path, ...] = ()           # runs of multitask_a2c.py --method scratch with all tasks between them
+    p_student: Annotated[float, Field(ge=0, le=1)] | None = None  # share of rollouts by the student, paper: p_s
+    # KL(teacher || student), as in the authors' code; KL(student || teacher), the formula printed; squared differences
     loss: Literal["kl_teacher_student", "kl_student_teacher", "mse"] = "kl_teacher_student"
-    """KL(teacher || student), as in the authors' code; KL(student || teacher), the formula printed; squared differences
-    of means and deviations"""
-    num_envs: Positive = 16
-    """copies of each task's environment, stepped in parallel"""
-    num_steps: Positive = 5
-    """steps of a rollout, paper: t_max; each ends with an update"""
-    hidden_size: Positive = 64
-    """width of the two hidden layers"""
-    lr: Share = 7e-4
-    """RMSprop step size"""
+    num_envs: Positive = 16                   # copies of each task's environment, stepped in parallel
+    num_steps: Positive = 5                   # steps of a rollout, paper: t_max; each ends with an update
+    hidden_size: Positive = 64                # width of the two hidden layers
+    lr: Share = 7e-4                          # RMSprop step size
 
     def __post_init__(self):
         self.tasks = tuple(dict.fromkeys(self.tasks))                  # each once
-        steps, p_student = PRESETS[self.method]
-        self.total_timesteps = self.total_timesteps or steps * len(self.tasks)
-        self.p_student = p_student if self.p_student is None else self.p_student
+        self.total_timesteps = self.total_timesteps or PRESETS[self.method] * len(self.tasks)
+        self.p_student = float(self.method == "distill") if self.p_student is None else self.p_student
 
 
 # --- Environments ----------------------------------------------------------------------------------------------------
 def cheetah_model(variant: str) -> mujoco.MjModel:
-    """Gymnasium's half-cheetah with every size of one kind of body part scaled; the total mass stays 14 kg.
+    """Gymnasium's half-cheetah with radius, and half-length where there is one, of one kind of body part scaled.
 
-    The numbers of a geom's `size` are scaled (radius, and half-length where it has one), nothing else: joints keep
-    their places, and the compiler spreads 14 kg over the new volumes: a smaller foot makes all other parts heavier.
+    Joints keep their places, and the compiler spreads 14 kg over new volumes: a smaller foot makes the rest heavier.
     """
     spec = mujoco.MjSpec.from_file(str(Path(gym.__file__).parent / "envs" / "mujoco" / "assets" / "half_cheetah.xml"))
-    factor = next(factor for name, factor in FACTORS.items() if variant.startswith(name))
-    for geom in PARTS[variant.removeprefix("Small").removeprefix("Big")]:
+    factor, part = (0.75, variant[5:]) if variant.startswith("Small") else (1.25, variant[3:])
+    for geom in PARTS[part]:
         spec.geom(geom).size = spec.geom(geom).size * factor
     return spec.compile()
 
@@ -288,7 +263,7 @@ def evaluate(args: Args, policies: dict, stopped=lambda: False) -> dict[str, np.
 
     Returns (T, episodes) of each; upside_down is the share of steps on the back. None once `stopped`.
     """
-    rng, returns, upside_down = np.random.default_rng([args.seed, 1]), [], []
+    rng, played = np.random.default_rng([args.seed, 1]), []
     for name, policy in policies.items():
         env, on_back = Cheetahs(name, args.eval_episodes, rng), 0
         while env.steps < HORIZON:
@@ -296,16 +271,9 @@ def evaluate(args: Args, policies: dict, stopped=lambda: False) -> dict[str, np.
                 return None
             env.step(policy(env.observe().to(args.device)).mean)
             on_back += (np.cos(env.state[:, 3]) < 0) / HORIZON         # of time, x, height, pitch
-        returns.append(env.returns)
-        upside_down.append(on_back)
-    returns = np.array(returns)
-    return {"return": returns, "success": returns >= GOOD_RETURN, "upside_down": np.array(upside_down)}
-
-
-def over_episodes(names: list[str], returns: np.ndarray) -> dict[str, float]:
-    """Each task's median return and standard deviation, (T, episodes)."""
-    kinds = {"median": np.median, "std": np.std}
-    return {f"{name}/{kind}": of(row) for kind, of in kinds.items() for name, row in zip(names, returns)}
+        played.append((env.returns, on_back))
+    returns, upside_down = np.swapaxes(played, 0, 1)
+    return {"return": returns, "success": returns >= GOOD_RETURN, "upside_down": upside_down}
 
 
 def train(args: Args) -> Path:
@@ -329,7 +297,6 @@ def train(args: Args) -> Path:
         if args.capture_video:
             film(args, students, args.evaluate)
         return args.evaluate
-
     optimizer = torch.optim.RMSprop(students.parameters(), args.lr, alpha=0.99, eps=1e-5)
     envs = {name: Cheetahs(name, args.num_envs, rng) for name in args.tasks}
     if args.resume:
@@ -342,7 +309,6 @@ def train(args: Args) -> Path:
     losses = state.get("losses", [])
 
     def save() -> None:
-        """Everything that the next step reads."""
         run.save(global_step, dict(
             students={name: student.state_dict() for name, student in students.items()}, losses=losses,
             teachers={name: teacher.state_dict() for name, teacher in teachers.items()},
@@ -354,8 +320,10 @@ def train(args: Args) -> Path:
         if run.due(global_step):
             result = evaluate(args, students, run.stop.is_set)
             if result is not None:
-                divergence = {f"{name}/{args.loss}": terms[args.loss] for name, terms in zip(args.tasks, losses)}
-                run.log_evaluation(global_step, result, over_episodes(run.names, result["return"]) | divergence)
+                columns = {f"{name}/{args.loss}": terms[args.loss] for name, terms in zip(args.tasks, losses)}
+                for name, returns in zip(args.tasks, result["return"]):
+                    columns |= {f"{name}/median": np.median(returns), f"{name}/std": returns.std()}
+                run.log_evaluation(global_step, result, columns)
         if global_step >= args.total_timesteps or run.stop.is_set():
             break
         round_start, losses = global_step, []
@@ -372,19 +340,16 @@ def train(args: Args) -> Path:
             run.write(global_step)
         if crossed(round_start, global_step, args.checkpoint_every):
             save()
-
     save()
     taught = None if run.stop.is_set() else evaluate(args, teachers, run.stop.is_set)
     if taught is not None:
         medians = dict(zip(args.tasks, np.median(taught["return"], axis=1)))
         plot_tasks(run.dir / "tasks.png", args.tasks, result["return"], {"teacher, median": medians} | TABLE_2)
-        plot_divergence(run.dir, args.tasks, args.loss)
+        plot_divergence(run.dir / "divergence.png", args.tasks, args.loss, run.rows)
         for who, outcome in (("teachers", taught), ("student", result)):
             print(f"{who}:")
             print_table(args.tasks, outcome)
     run.close()
-    if args.capture_video:
-        film(args, students, run.dir)
     return run.dir
 
 
@@ -402,16 +367,15 @@ def plot_tasks(path: Path, names: list[str], returns: np.ndarray, others: dict[s
     axis.figure.savefig(path, dpi=120)
 
 
-def plot_divergence(folder: Path, names: list[str], loss: str) -> None:
-    """divergence.png from metrics.csv: each head's distance from its teacher."""
-    table = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True, deletechars="", ndmin=1)
+def plot_divergence(path: Path, names: list[str], loss: str, rows: list[dict]) -> None:
+    """Each head's distance from its teacher over training."""
     axis = Figure(figsize=(6, 4), layout="constrained").subplots()
     for name in names:
-        axis.plot(table["global_step"], table[f"{name}/{loss}"], ".-", label=name)
+        axis.plot([row["global_step"] for row in rows], [row[f"{name}/{loss}"] for row in rows], ".-", label=name)
     axis.set(xlabel=STEPS, yscale="log", ylabel=f"{loss} [nats]" if loss != "mse" else loss)
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.legend(frameon=False)
-    axis.figure.savefig(folder / "divergence.png", dpi=120)
+    axis.figure.savefig(path, dpi=120)
 
 
 @torch.no_grad()
@@ -444,6 +408,8 @@ class Run:
 
     def __init__(self, args: Args, family: str, names: list[str], state: dict):
         """`family` begins the folder's name; `names` are the tasks'; `state` is the checkpoint to go on from, or {}."""
+        if getattr(args, "capture_video", False):
+            sys.exit("--capture-video goes with --evaluate RUN")
         self.args, self.names, self.pending, self.rows = args, names, defaultdict(list), state.get("rows", [])
         self.started, first_step = time.time() - state.get("seconds", 0.0), state.get("global_step", 0)
         if self.rows and self.rows[-1]["global_step"] >= args.total_timesteps:         # evaluated at its end, too
@@ -456,10 +422,9 @@ class Run:
             self.lock.acquire(timeout=0)
         except Timeout:
             sys.exit(f"another process still writes to {self.dir}; stop it first")
-        about = json.loads((self.dir / "args.json").read_text(encoding="utf-8")) if args.resume else {"commands": []}
-        about |= {"script": Path(__file__).stem, "args": asdict(args),
-                  "versions": {package.name: package.version for package in distributions()}}
-        about["commands"].append(shlex.join(["python", *sys.argv]))
+        self.commands = [*state.get("commands", []), shlex.join(["python", *sys.argv])]
+        about = {"script": Path(__file__).stem, "commands": self.commands, "args": asdict(args),
+                 "versions": {package.name: package.version for package in distributions()}}
         (self.dir / "args.json").write_text(json.dumps(about, indent=2, default=str), encoding="utf-8")
         self.write_rows()                                              # drops what came after the checkpoint
         self.writer = SummaryWriter(self.dir, purge_step=first_step + 1)
@@ -473,7 +438,6 @@ class Run:
     def on_signal(self, number, frame) -> None:
         """First Ctrl-C or SIGTERM: finish this step or leave this evaluation, save, end. Second: end at once."""
         os.write(2, b"\nstopping after a checkpoint; a second signal stops at once\n")       # print may be half-way
-        self.stop_signal = number
         self.stop.set()
         signal.signal(number, self.handlers[number])
 
@@ -517,40 +481,38 @@ class Run:
     def write_rows(self) -> None:
         """metrics.csv, whole."""
         with open(self.dir / "metrics.csv", "w", newline="", encoding="utf-8") as file:
-            columns = dict.fromkeys(key for row in self.rows for key in row)         # later rows may have more
-            table = csv.DictWriter(file, columns or ["global_step", "seconds"])
+            table = csv.DictWriter(file, dict.fromkeys(key for row in self.rows for key in row))       # of all rows
             table.writeheader()
             table.writerows(self.rows)
 
     def save(self, global_step: int, state: dict) -> None:
         """Write the checkpoint beside, then rename: a killed run leaves the previous one or this one, never half."""
         self.write(global_step)                                        # ends the run where something is not finite
-        state |= {"global_step": global_step, "rows": self.rows, "seconds": time.time() - self.started}
+        state |= {"global_step": global_step, "rows": self.rows, "commands": self.commands,
+                  "seconds": time.time() - self.started}
         torch.save(state, self.dir / "checkpoint.tmp")
         os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
 
     def close(self) -> None:
-        """Draw the curves, say where everything is; after a signal, end with the exit status that it stands for."""
+        """Draw the curves and say where everything is; after a signal, how to go on."""
         self.bar.close(), self.writer.close(), self.lock.release()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.rows:
-            plot_curves(self.dir, self.names)
+            plot_curves(self.dir, self.names, self.rows)
         if self.stop.is_set():
-            print(f"stopped; go on with: {shlex.join(['python', sys.argv[0], '--resume', str(self.dir)])}")
-            sys.exit(128 + self.stop_signal)
+            sys.exit(f"stopped; go on with: {shlex.join(['python', sys.argv[0], '--resume', str(self.dir)])}")
         print(f"run folder: {self.dir}")
 
 
-def plot_curves(folder: Path, names: list[str]) -> None:
-    """curves.png from metrics.csv: success and return over steps, the mean thick, each task thin."""
-    table = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True, deletechars="", ndmin=1)
-    kinds = [kind for kind in ("success", "return") if f"mean_{kind}" in table.dtype.names]
+def plot_curves(folder: Path, names: list[str], rows: list[dict]) -> None:
+    """curves.png: success and return over steps, the mean thick, each task thin."""
+    steps = [row["global_step"] for row in rows]
+    kinds = [kind for kind in ("success", "return") if f"mean_{kind}" in rows[0]]
     figure = Figure(figsize=(2 + 4.5 * len(kinds), 4), layout="constrained")
     for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
-        for i, name in enumerate(names):
-            axis.plot(table["global_step"], table[f"{name}/{kind}"], ("-", "--", ":")[i // 10 % 3], lw=0.8, label=name)
-        axis.plot(table["global_step"], table[f"mean_{kind}"], "k", lw=2.5, label="mean")
+        axis.plot(steps, [[row[f"{name}/{kind}"] for name in names] for row in rows], lw=0.8, label=names)
+        axis.plot(steps, [row[f"mean_{kind}"] for row in rows], "k", lw=2.5, label="mean")
         axis.set(xlabel=STEPS, ylabel=f"evaluated {kind}")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)

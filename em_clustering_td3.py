@@ -95,77 +95,45 @@ NonNegative = Annotated[float, Field(ge=0)]
 
 @dataclass
 class Args:
+    # seven pendulum lengths; six track-and-field events of a walker; three leg lengths on three grounds
     env: Literal["pendulum", "track", "legs"] = "pendulum"
-    """seven pendulum lengths; six track-and-field events of a walker; three leg lengths on three grounds"""
+    # EM; one policy; one per task; a shared layer and heads; a shared trunk with surgery; clusters drawn once
     method: Literal["em", "sp", "ppt", "multihead", "surgery", "random-clusters"] = "em"
-    """EM; one policy; one per task; a shared layer and heads; a shared trunk with surgery; clusters drawn once"""
-    tasks: tuple[str, ...] = ()
-    """names of some of the tasks of --env, such as sprint run marathon; none takes all"""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
-    """seeds every generator"""
-    total_timesteps: Positive | None = None
-    """environment steps, summed over policies; evaluation not counted"""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """where the networks live"""
-    threads: Positive = 1
-    """CPU threads of PyTorch: networks this small gain little from more"""
-    eval_every: Positive | None = None
-    """environment steps between evaluations"""
-    eval_episodes: Positive | None = None
-    """episodes per task and evaluation: deterministic policy, separate environments, own generators"""
-    checkpoint_every: Positive = 100_000
-    """environment steps between checkpoints; one is always written at the end and on Ctrl-C or SIGTERM"""
-    runs_dir: Path = Path("runs")
-    """where run folders go"""
-    resume: Path | None = None
-    """run folder to go on from, with its settings; a larger --total-timesteps, for instance, on top"""
-    evaluate: Path | None = None
-    """run folder to load and evaluate; trains nothing"""
-    capture_video: bool = False
-    """after training or with --evaluate: an animated picture of each task"""
+    tasks: tuple[str, ...] = ()               # some of the tasks of --env, such as sprint run marathon; none: all
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1  # seeds every generator
+    total_timesteps: Positive | None = None   # environment steps, summed over policies; evaluation not counted
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where the networks live
+    threads: Positive = 1                     # of PyTorch on a CPU: networks this small gain little from more
+    eval_every: Positive | None = None        # environment steps between evaluations
+    eval_episodes: Positive | None = None     # per task and evaluation, deterministic, in separate environments
+    checkpoint_every: Positive = 100_000      # environment steps between checkpoints; one more when the run ends
+    runs_dir: Path = Path("runs")             # where run folders go
+    resume: Path | None = None                # run folder to go on from, with its settings and flags given on top
+    evaluate: Path | None = None              # run folder to load and evaluate; trains nothing
+    capture_video: bool = False               # with --evaluate: an animated picture of each task
 
-    num_policies: Positive | None = None
-    """of em and random-clusters, paper: n"""
-    m_step_size: Positive | None = None
-    """training steps per policy and M-step, paper: T_M"""
-    e_step_episodes: Positive | None = None
-    """deterministic episodes per policy and task in an E-step, paper: k"""
-    common_starts: bool = True
-    """in an E-step all policies meet the same start states of a task, which makes their returns comparable"""
+    num_policies: Positive | None = None      # of em and random-clusters, paper: n
+    m_step_size: Positive | None = None       # training steps per policy and M-step, paper: T_M
+    e_step_episodes: Positive | None = None   # deterministic episodes per policy and task in an E-step, paper: k
+    common_starts: bool = True                # in an E-step all policies meet the same start states of a task
+    # largest mean action; pendulum: 2, its torque limit, in the paper's text
     action_scale: Annotated[float, Field(gt=0, le=2)] = 1.0
-    """largest mean action; the pendulum's torque limit is 2, which the paper's text takes, the authors' code not"""
-    flat_ground: bool = False
-    """legs: no bumps on flat ground, as in the paper's text; the authors' code has some, 2 to 12 cm high"""
-    timeout_is_terminal: bool = False
-    """no bootstrapping at time limits, as in the authors' code"""
-    exploration_noise: NonNegative | None = None
-    """standard deviation of the noise on training actions, clipped to +-0.5"""
-    smoothing_noise: NonNegative | None = None
-    """standard deviation of the noise on target actions, clipped to +-0.5"""
-    learning_starts: Positive = 40_000
-    """environment steps, summed over policies, before the first update"""
-    update_every: Positive | None = None
-    """training steps per policy and update, paper: u"""
-    policy_delay: Positive = 3
-    """updates of the critics per update of policies and targets"""
-    batch_size: Positive | None = None
-    """transitions per policy, or task with heads, and update"""
-    buffer_size: Positive | None = None
-    """replay capacity per policy, or task with heads, transitions"""
-    hidden_sizes: tuple[Positive, Positive] | None = None
-    """widths of the two hidden layers"""
-    lr: Share | None = None
-    """Adam step size of policies and critics"""
-    gamma: Share = 0.99
-    """discount factor"""
-    tau: Share = 0.005
-    """Polyak coefficient: the share of the online networks that enters the targets at each update of policies"""
-    action_penalty: NonNegative = 1e-3
-    """weight of the mean squared action in the policies' loss; at saturated actions it has nearly no gradient"""
-    preactivation_penalty: NonNegative = 0.0
-    """weight of the mean squared output before tanh, which keeps actions from saturation; not in the paper"""
-    max_grad_norm: NonNegative = 0.5
-    """L2 norm to which the gradient of each policy's every tensor is clipped; 0 turns it off"""
+    flat_ground: bool = False                 # legs: no bumps of 2 to 12 cm on flat ground, as in the paper's text
+    timeout_is_terminal: bool = False         # no bootstrapping at time limits, as in the authors' code
+    exploration_noise: NonNegative | None = None  # standard deviation of noise on training actions, clipped to +-0.5
+    smoothing_noise: NonNegative | None = None  # standard deviation of noise on target actions, clipped to +-0.5
+    learning_starts: Positive = 40_000        # environment steps, summed over policies, before the first update
+    update_every: Positive | None = None      # training steps per policy and update, paper: u
+    policy_delay: Positive = 3                # updates of the critics per update of policies and targets
+    batch_size: Positive | None = None        # transitions per policy, or task with heads, and update
+    buffer_size: Positive | None = None       # replay capacity per policy, or task with heads, transitions
+    hidden_sizes: tuple[Positive, Positive] | None = None  # widths of the two hidden layers
+    lr: Share | None = None                   # Adam step size of policies and critics
+    gamma: Share = 0.99                       # discount factor
+    tau: Share = 0.005                        # Polyak coefficient: share of the online networks in a step of targets
+    action_penalty: NonNegative = 1e-3        # of the mean squared action, in the policies' loss
+    preactivation_penalty: NonNegative = 0.0  # of the mean squared output before the tanh, likewise; not in the paper
+    max_grad_norm: NonNegative = 0.5          # L2 norm to which gradients are clipped, tensor by tensor; 0: not at all
 
     def __post_init__(self):
         self.tasks = self.tasks or tuple(TASKS[self.env])
@@ -589,7 +557,6 @@ def train(args: Args) -> Path:
             tqdm.write("the simulators' states are not saved: the run goes on with fresh episodes")
 
     def save() -> None:
-        """Everything that the next step reads."""
         run.save(global_step, dict(
             agent=agent.state_dict(), optimizers={name: opt.state_dict()["state"] for name, opt in optimizers.items()},
             assignment=assignment.tolist(), e_steps=e_steps, num_added=buffer.num_added,
@@ -693,6 +660,8 @@ class Run:
 
     def __init__(self, args: Args, family: str, names: list[str], state: dict):
         """`family` begins the folder's name; `names` are the tasks'; `state` is the checkpoint to go on from, or {}."""
+        if getattr(args, "capture_video", False):
+            sys.exit("--capture-video goes with --evaluate RUN")
         self.args, self.names, self.pending, self.rows = args, names, defaultdict(list), state.get("rows", [])
         self.started, first_step = time.time() - state.get("seconds", 0.0), state.get("global_step", 0)
         if self.rows and self.rows[-1]["global_step"] >= args.total_timesteps:         # evaluated at its end, too
@@ -705,10 +674,9 @@ class Run:
             self.lock.acquire(timeout=0)
         except Timeout:
             sys.exit(f"another process still writes to {self.dir}; stop it first")
-        about = json.loads((self.dir / "args.json").read_text(encoding="utf-8")) if args.resume else {"commands": []}
-        about |= {"script": Path(__file__).stem, "args": asdict(args),
-                  "versions": {package.name: package.version for package in distributions()}}
-        about["commands"].append(shlex.join(["python", *sys.argv]))
+        self.commands = [*state.get("commands", []), shlex.join(["python", *sys.argv])]
+        about = {"script": Path(__file__).stem, "commands": self.commands, "args": asdict(args),
+                 "versions": {package.name: package.version for package in distributions()}}
         (self.dir / "args.json").write_text(json.dumps(about, indent=2, default=str), encoding="utf-8")
         self.write_rows()                                              # drops what came after the checkpoint
         self.writer = SummaryWriter(self.dir, purge_step=first_step + 1)
@@ -722,7 +690,6 @@ class Run:
     def on_signal(self, number, frame) -> None:
         """First Ctrl-C or SIGTERM: finish this step or leave this evaluation, save, end. Second: end at once."""
         os.write(2, b"\nstopping after a checkpoint; a second signal stops at once\n")       # print may be half-way
-        self.stop_signal = number
         self.stop.set()
         signal.signal(number, self.handlers[number])
 
@@ -766,40 +733,38 @@ class Run:
     def write_rows(self) -> None:
         """metrics.csv, whole."""
         with open(self.dir / "metrics.csv", "w", newline="", encoding="utf-8") as file:
-            columns = dict.fromkeys(key for row in self.rows for key in row)         # later rows may have more
-            table = csv.DictWriter(file, columns or ["global_step", "seconds"])
+            table = csv.DictWriter(file, dict.fromkeys(key for row in self.rows for key in row))       # of all rows
             table.writeheader()
             table.writerows(self.rows)
 
     def save(self, global_step: int, state: dict) -> None:
         """Write the checkpoint beside, then rename: a killed run leaves the previous one or this one, never half."""
         self.write(global_step)                                        # ends the run where something is not finite
-        state |= {"global_step": global_step, "rows": self.rows, "seconds": time.time() - self.started}
+        state |= {"global_step": global_step, "rows": self.rows, "commands": self.commands,
+                  "seconds": time.time() - self.started}
         torch.save(state, self.dir / "checkpoint.tmp")
         os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
 
     def close(self) -> None:
-        """Draw the curves, say where everything is; after a signal, end with the exit status that it stands for."""
+        """Draw the curves and say where everything is; after a signal, how to go on."""
         self.bar.close(), self.writer.close(), self.lock.release()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.rows:
-            plot_curves(self.dir, self.names)
+            plot_curves(self.dir, self.names, self.rows)
         if self.stop.is_set():
-            print(f"stopped; go on with: {shlex.join(['python', sys.argv[0], '--resume', str(self.dir)])}")
-            sys.exit(128 + self.stop_signal)
+            sys.exit(f"stopped; go on with: {shlex.join(['python', sys.argv[0], '--resume', str(self.dir)])}")
         print(f"run folder: {self.dir}")
 
 
-def plot_curves(folder: Path, names: list[str]) -> None:
-    """curves.png from metrics.csv: success and return over steps, the mean thick, each task thin."""
-    table = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True, deletechars="", ndmin=1)
-    kinds = [kind for kind in ("success", "return") if f"mean_{kind}" in table.dtype.names]
+def plot_curves(folder: Path, names: list[str], rows: list[dict]) -> None:
+    """curves.png: success and return over steps, the mean thick, each task thin."""
+    steps = [row["global_step"] for row in rows]
+    kinds = [kind for kind in ("success", "return") if f"mean_{kind}" in rows[0]]
     figure = Figure(figsize=(2 + 4.5 * len(kinds), 4), layout="constrained")
     for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
-        for i, name in enumerate(names):
-            axis.plot(table["global_step"], table[f"{name}/{kind}"], ("-", "--", ":")[i // 10 % 3], lw=0.8, label=name)
-        axis.plot(table["global_step"], table[f"mean_{kind}"], "k", lw=2.5, label="mean")
+        axis.plot(steps, [[row[f"{name}/{kind}"] for name in names] for row in rows], lw=0.8, label=names)
+        axis.plot(steps, [row[f"mean_{kind}"] for row in rows], "k", lw=2.5, label="mean")
         axis.set(xlabel=STEPS, ylabel=f"evaluated {kind}")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)

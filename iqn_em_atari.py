@@ -94,64 +94,39 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 @dataclass
 class Args:
+    # EM clustering; one wide network with a head per game; one narrow network per game
     method: Literal["em", "multihead", "ppt"] = "em"
-    """EM clustering; one wide network with a head per game; one narrow network per game"""
+    # decides what is None below: IQN's recommended settings, as in the paper; the authors' program's; small, short
     preset: Literal["gin", "code", "laptop"] = "gin"
-    """decides what is None below: IQN's recommended settings, as in the paper; the authors' program's; small, short"""
-    games: tuple[str, ...] | None = None
-    """any of the Arcade Learning Environment; beyond the paper's twelve they count as 0 in normalised scores"""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
-    """seeds every generator"""
-    total_timesteps: Positive | None = None
-    """environment steps, summed over policies; evaluation not counted. 33 million, laptop 300,000"""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """where the networks live"""
-    threads: Positive = 1
-    """CPU threads of PyTorch: networks this small gain little from more"""
-    eval_every: Positive | None = None
-    """environment steps between evaluations"""
-    eval_episodes: Positive = 5
-    """episodes per task and evaluation: deterministic policy, separate environments, own generators"""
-    checkpoint_every: Positive | None = None
-    """environment steps between checkpoints; one is always written at the end and on Ctrl-C or SIGTERM"""
-    runs_dir: Path = Path("runs")
-    """where run folders go"""
-    resume: Path | None = None
-    """run folder to go on from, with its settings; a larger --total-timesteps, for instance, on top"""
-    evaluate: Path | None = None
-    """run folder to load and evaluate; trains nothing"""
-    capture_video: bool = False
-    """after training or with --evaluate: an animated picture of each task"""
-    num_policies: Positive | None = None
-    """paper: n; only em"""
-    m_step_size: Positive | None = None
-    """training steps per policy and M-step, paper: T_M; only em"""
-    eval_steps: Positive | None = None
-    """steps per policy and game in an E-step, at least: the last episode is played to its end; only em"""
-    horizon: Positive | None = None
-    """steps, of four frames each, after which an episode is cut"""
+    games: tuple[str, ...] | None = None      # any of ALE; beyond the paper's twelve they count as 0 when normalised
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1  # seeds every generator
+    total_timesteps: Positive | None = None   # environment steps, summed over policies; 33 million, laptop 300,000
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where the networks live
+    threads: Positive = 1                     # of PyTorch on a CPU: networks this small gain little from more
+    eval_every: Positive | None = None        # environment steps between evaluations
+    eval_episodes: Positive = 5               # per task and evaluation, deterministic, in separate environments
+    checkpoint_every: Positive | None = None  # environment steps between checkpoints; one more when the run ends
+    runs_dir: Path = Path("runs")             # where run folders go
+    resume: Path | None = None                # run folder to go on from, with its settings and flags given on top
+    evaluate: Path | None = None              # run folder to load and evaluate; trains nothing
+    capture_video: bool = False               # with --evaluate: an animated picture of each task
+    num_policies: Positive | None = None      # paper: n; only em
+    m_step_size: Positive | None = None       # training steps per policy and M-step, paper: T_M; only em
+    eval_steps: Positive | None = None        # em: steps per policy and game in an E-step, and the rest of an episode
+    horizon: Positive | None = None           # steps, of four frames each, after which an episode is cut
+    # of all layers, in multiples of 32, 64, 64 filters and 512 units
     width: Annotated[float, Field(ge=1 / 32, le=8)] | None = None
-    """width of all layers, as a multiple of 32, 64 and 64 filters and 512 units"""
+    # fractions of a pass, of a target, to act with: N, N', K
     num_quantiles: tuple[Positive, Positive, Positive] | None = None
-    """quantile fractions of an online pass, of a target, and to act with, papers: N, N', K"""
-    n_step: Positive | None = None
-    """rewards in a target before it bootstraps"""
-    lr: Share | None = None
-    """Adam step size"""
-    gamma: Share = 0.99
-    """discount factor"""
-    batch_size: Positive = 32
-    """transitions per update, all of one game"""
-    target_period: Positive | None = None
-    """training steps of a policy between copies of it to its target network"""
-    learning_starts: Positive | None = None
-    """transitions in the replay of a policy and a game before the policy learns from it"""
-    epsilon_period: Positive | None = None
-    """environment steps over which random actions decline to 1 %, after 8 % of as many without decline"""
-    buffer_size: Annotated[int, Field(ge=100)] | None = None
-    """replay capacity per policy and game, frames of 7,056 bytes"""
-    save_replay: bool | None = None
-    """let checkpoints hold the replay; without it a resumed run collects its data anew"""
+    n_step: Positive | None = None            # rewards in a target before it bootstraps
+    lr: Share | None = None                   # Adam step size
+    gamma: Share = 0.99                       # discount factor
+    batch_size: Positive = 32                 # transitions per update, all of one game
+    target_period: Positive | None = None     # training steps of a policy between copies to its target network
+    learning_starts: Positive | None = None   # transitions in a replay before the policy learns from it
+    epsilon_period: Positive | None = None    # environment steps, after 8 % of as many, in which epsilon falls to 1 %
+    buffer_size: Annotated[int, Field(ge=100)] | None = None  # replay capacity per policy and game, frames
+    save_replay: bool | None = None           # in checkpoints; without it a resumed run collects its data anew
 
     def __post_init__(self):
         for name, value in PRESETS[self.preset].items():
@@ -422,7 +397,6 @@ def train(args: Args) -> Path:
         torch.set_rng_state(state["torch_rng"])
 
     def save() -> None:
-        """Everything that the next step reads."""
         run.save(global_step, dict(
             policies=[policy.state_dict() for policy in policies], assignment=assignment, history=history,
             eval_steps=eval_steps, rng=json.dumps(rng.bit_generator.state), torch_rng=torch.get_rng_state()))
@@ -547,6 +521,8 @@ class Run:
 
     def __init__(self, args: Args, family: str, names: list[str], state: dict):
         """`family` begins the folder's name; `names` are the tasks'; `state` is the checkpoint to go on from, or {}."""
+        if getattr(args, "capture_video", False):
+            sys.exit("--capture-video goes with --evaluate RUN")
         self.args, self.names, self.pending, self.rows = args, names, defaultdict(list), state.get("rows", [])
         self.started, first_step = time.time() - state.get("seconds", 0.0), state.get("global_step", 0)
         if self.rows and self.rows[-1]["global_step"] >= args.total_timesteps:         # evaluated at its end, too
@@ -559,10 +535,9 @@ class Run:
             self.lock.acquire(timeout=0)
         except Timeout:
             sys.exit(f"another process still writes to {self.dir}; stop it first")
-        about = json.loads((self.dir / "args.json").read_text(encoding="utf-8")) if args.resume else {"commands": []}
-        about |= {"script": Path(__file__).stem, "args": asdict(args),
-                  "versions": {package.name: package.version for package in distributions()}}
-        about["commands"].append(shlex.join(["python", *sys.argv]))
+        self.commands = [*state.get("commands", []), shlex.join(["python", *sys.argv])]
+        about = {"script": Path(__file__).stem, "commands": self.commands, "args": asdict(args),
+                 "versions": {package.name: package.version for package in distributions()}}
         (self.dir / "args.json").write_text(json.dumps(about, indent=2, default=str), encoding="utf-8")
         self.write_rows()                                              # drops what came after the checkpoint
         self.writer = SummaryWriter(self.dir, purge_step=first_step + 1)
@@ -576,7 +551,6 @@ class Run:
     def on_signal(self, number, frame) -> None:
         """First Ctrl-C or SIGTERM: finish this step or leave this evaluation, save, end. Second: end at once."""
         os.write(2, b"\nstopping after a checkpoint; a second signal stops at once\n")       # print may be half-way
-        self.stop_signal = number
         self.stop.set()
         signal.signal(number, self.handlers[number])
 
@@ -620,40 +594,38 @@ class Run:
     def write_rows(self) -> None:
         """metrics.csv, whole."""
         with open(self.dir / "metrics.csv", "w", newline="", encoding="utf-8") as file:
-            columns = dict.fromkeys(key for row in self.rows for key in row)         # later rows may have more
-            table = csv.DictWriter(file, columns or ["global_step", "seconds"])
+            table = csv.DictWriter(file, dict.fromkeys(key for row in self.rows for key in row))       # of all rows
             table.writeheader()
             table.writerows(self.rows)
 
     def save(self, global_step: int, state: dict) -> None:
         """Write the checkpoint beside, then rename: a killed run leaves the previous one or this one, never half."""
         self.write(global_step)                                        # ends the run where something is not finite
-        state |= {"global_step": global_step, "rows": self.rows, "seconds": time.time() - self.started}
+        state |= {"global_step": global_step, "rows": self.rows, "commands": self.commands,
+                  "seconds": time.time() - self.started}
         torch.save(state, self.dir / "checkpoint.tmp")
         os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
 
     def close(self) -> None:
-        """Draw the curves, say where everything is; after a signal, end with the exit status that it stands for."""
+        """Draw the curves and say where everything is; after a signal, how to go on."""
         self.bar.close(), self.writer.close(), self.lock.release()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.rows:
-            plot_curves(self.dir, self.names)
+            plot_curves(self.dir, self.names, self.rows)
         if self.stop.is_set():
-            print(f"stopped; go on with: {shlex.join(['python', sys.argv[0], '--resume', str(self.dir)])}")
-            sys.exit(128 + self.stop_signal)
+            sys.exit(f"stopped; go on with: {shlex.join(['python', sys.argv[0], '--resume', str(self.dir)])}")
         print(f"run folder: {self.dir}")
 
 
-def plot_curves(folder: Path, names: list[str]) -> None:
-    """curves.png from metrics.csv: success and return over steps, the mean thick, each task thin."""
-    table = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True, deletechars="", ndmin=1)
-    kinds = [kind for kind in ("success", "return") if f"mean_{kind}" in table.dtype.names]
+def plot_curves(folder: Path, names: list[str], rows: list[dict]) -> None:
+    """curves.png: success and return over steps, the mean thick, each task thin."""
+    steps = [row["global_step"] for row in rows]
+    kinds = [kind for kind in ("success", "return") if f"mean_{kind}" in rows[0]]
     figure = Figure(figsize=(2 + 4.5 * len(kinds), 4), layout="constrained")
     for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
-        for i, name in enumerate(names):
-            axis.plot(table["global_step"], table[f"{name}/{kind}"], ("-", "--", ":")[i // 10 % 3], lw=0.8, label=name)
-        axis.plot(table["global_step"], table[f"mean_{kind}"], "k", lw=2.5, label="mean")
+        axis.plot(steps, [[row[f"{name}/{kind}"] for name in names] for row in rows], lw=0.8, label=names)
+        axis.plot(steps, [row[f"mean_{kind}"] for row in rows], "k", lw=2.5, label="mean")
         axis.set(xlabel=STEPS, ylabel=f"evaluated {kind}")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)

@@ -1,10 +1,8 @@
 # /// script
 # requires-python = ">=3.11,<3.14"
-# dependencies = [
-#   "torch==2.13.0", "numpy==2.4.6", "gymnasium[mujoco]==1.4.0", "mujoco==3.3.0", "tyro==1.0.17",
-#   "pydantic==2.14.4", "filelock==4.3.1", "imageio==2.38.1", "tensorboard==2.21.0", "tqdm==4.70.1",
-#   "matplotlib==3.11.2",
-# ]
+# dependencies = ["torch==2.13.0", "numpy==2.4.6", "gymnasium[mujoco]==1.4.0", "mujoco==3.3.0", "tyro==1.0.17",
+#                 "pydantic==2.14.4", "filelock==4.3.1", "imageio==2.38.1", "tensorboard==2.21.0", "tqdm==4.70.1",
+#                 "matplotlib==3.11.2"]
 # ///
 """Multi-task A2C: one trunk, a head per task, and what fine-tuning forgets.
 
@@ -21,7 +19,6 @@ Differences from the paper, each explained in docs/multitask_a2c.md:
 2. Time limits bootstrap from the last observation; the authors' code takes them for ends.
 3. The log standard deviation is a free parameter per task, as in the code; --log-std network for the paper's text.
 4. Each task has an observation filter of its own.
-5. Cheetahs of Gymnasium's HalfCheetah-v5, stepped in batches by MuJoCo's own rollout.
 
     python multitask_a2c.py                               # six tasks, shared trunk: 1M steps per head
     python multitask_a2c.py --method scratch              # six networks: 3M steps each
@@ -65,14 +62,11 @@ from tqdm import tqdm
 # --- Settings --------------------------------------------------------------------------------------------------------
 PARTS = {"Torso": ["torso"], "Head": ["head"], "Thigh": ["bthigh", "fthigh"], "Leg": ["bshin", "fshin"],
          "Foot": ["bfoot", "ffoot"]}
-FACTORS = {"Small": 0.75, "Big": 1.25}
-VARIANTS = tuple(size + part for part in PARTS for size in FACTORS)
+VARIANTS = tuple(size + part for part in PARTS for size in ("Small", "Big"))
 PAPER = ("SmallFoot", "BigFoot", "SmallLeg", "SmallThigh", "SmallTorso", "BigTorso")
 HORIZON, GOOD_RETURN, LOG_EVERY = 1_000, 1_000, 20_000        # steps; a success; environment steps between writes
 STEPS = "environment steps, summed over tasks"
-FIXED = {"method", "tasks", "seed", "finetune_from", "source_task", "finetune_layers", "log_std", "num_envs",
-         "hidden_size"}                                       # of a run that goes on
-VALUE_COEF, MAX_GRAD_NORM = 0.5, 0.5                          # authors' code: weight in the loss; L2 norm per update
+FIXED = {"method", "tasks", "seed", "finetune_from", "source_task", "finetune_layers", "log_std", "hidden_size"}
 PRESETS = {"vanilla": 1_000_000, "scratch": 3_000_000, "finetune": 1_000_000}         # steps per task
 TABLE_2 = {"paper, scratch 3M": dict(zip(PAPER, (1326.30, 37.80, 1420.77, 1444.21, 2116.10, 1312.50))),
            "paper, vanilla 1M": dict(zip(PAPER, (1480.89, 2188.11, 1525.09, 1874.04, 2276.11, 1428.97)))}
@@ -83,73 +77,51 @@ NonNegative = Annotated[float, Field(ge=0)]
 
 @dataclass
 class Args:
+    # shared trunk with a head per task; a network per task; the last layers of a trained network, on another task
     method: Literal["vanilla", "scratch", "finetune"] = "vanilla"
-    """shared trunk with a head per task; a network per task; the last layers of a trained network, on another task"""
-    tasks: Annotated[tuple[Literal[VARIANTS], ...], Field(min_length=1)] = PAPER
-    """body-part variants; one, for finetune"""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
-    """seeds every generator"""
-    total_timesteps: Positive | None = None
-    """environment steps, summed over tasks; None: 1M per task, or 3M with scratch, as in the paper's Table 2"""
-    device: str = "cpu"
-    """where the networks live"""
-    threads: Positive = 1
-    """CPU threads of PyTorch: networks this small gain little from more"""
-    eval_every: Positive = 600_000
-    """environment steps between evaluations"""
-    eval_episodes: Positive = 20
-    """episodes per task and evaluation: deterministic policy, separate environments, own generators"""
-    checkpoint_every: Positive = 600_000
-    """environment steps between checkpoints; one is always written at the end and on Ctrl-C or SIGTERM"""
-    runs_dir: Path = Path("runs")
-    """where run folders go"""
-    resume: Path | None = None
-    """run folder to go on from, with its settings; a larger --total-timesteps, for instance, on top"""
-    evaluate: Path | None = None
-    """run folder to load and evaluate; trains nothing"""
-    capture_video: bool = False
-    """after training or with --evaluate: an animated picture of each task"""
+    tasks: Annotated[tuple[Literal[VARIANTS], ...], Field(min_length=1)] = PAPER  # bodies; one for finetune
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1  # seeds every generator
+    total_timesteps: Positive | None = None   # summed over tasks; None: 1M per task, 3M with scratch, as in Table 2
+    device: str = "cpu"                       # where the networks live
+    threads: Positive = 1                     # of PyTorch on a CPU: networks this small gain little from more
+    eval_every: Positive = 600_000            # environment steps between evaluations
+    eval_episodes: Positive = 20              # per task and evaluation, deterministic, in separate environments
+    checkpoint_every: Positive = 600_000      # environment steps between checkpoints; one more when the run ends
+    runs_dir: Path = Path("runs")             # where run folders go
+    resume: Path | None = None                # run folder to go on from, with its settings and flags given on top
+    evaluate: Path | None = None              # run folder to load and evaluate; trains nothing
+    capture_video: bool = False               # with --evaluate: an animated picture of each task
 
-    finetune_from: Path | None = None
-    """run folder that finetune starts from, with the same --log-std and --hidden-size"""
-    source_task: Literal[VARIANTS] | None = None
-    """the task of that run whose network finetune takes; None: its first"""
-    finetune_layers: Literal["code", "paper"] | None = None
-    """output layers and log-std alone (paper), or the policy's second hidden layer, too (authors' code); None: code"""
-    log_std: Literal["parameter", "network"] = "parameter"
-    """log standard deviation of actions: free numbers per task (authors' code), or an output of the policy (paper)"""
-    num_envs: Positive = 16
-    """copies of each task's environment, stepped in parallel"""
-    num_steps: Positive = 5
-    """steps of a rollout, paper: t_max; each ends with an update"""
-    hidden_size: Positive = 64
-    """width of the two hidden layers"""
-    lr: Share = 7e-4
-    """RMSprop step size"""
-    gamma: Share = 0.99
-    """discount factor"""
-    timeout_is_terminal: bool = False
-    """no bootstrapping at time limits, as in the authors' code"""
-    entropy_coef: NonNegative = 0.01
-    """weight of the entropy bonus [reward per nat]"""
+    finetune_from: Path | None = None         # run that finetune starts from, of the same --log-std and --hidden-size
+    source_task: Literal[VARIANTS] | None = None  # the task of that run whose network finetune takes; None: its first
+    finetune_layers: Literal["code", "paper"] | None = None  # outputs and log-std; None, code: the policy's pi2, too
+    log_std: Literal["parameter", "network"] = "parameter"  # free numbers per task (code), or an output (paper)
+    num_envs: Positive = 16                   # copies of each task's environment, stepped in parallel
+    num_steps: Positive = 5                   # steps of a rollout, paper: t_max; each ends with an update
+    hidden_size: Positive = 64                # width of the two hidden layers
+    lr: Share = 7e-4                          # RMSprop step size
+    gamma: Share = 0.99                       # discount factor
+    timeout_is_terminal: bool = False         # no bootstrapping at time limits, as in the authors' code
+    entropy_coef: NonNegative = 0.01          # weight of the entropy bonus [reward per nat]
 
     def __post_init__(self):
         self.tasks = tuple(dict.fromkeys(self.tasks))                  # each once
-        if self.method != "finetune" and (self.finetune_from or self.source_task or self.finetune_layers):
-            raise ValueError("--finetune-from, --source-task and --finetune-layers go with --method finetune")
+        finetune = self.finetune_from is not None and len(self.tasks) == 1
+        if finetune != (self.method == "finetune") or not finetune and (self.source_task or self.finetune_layers):
+            raise ValueError("--method finetune needs one task and a run, --tasks SmallLeg --finetune-from RUN; "
+                             "--source-task and --finetune-layers go with it")
         self.total_timesteps = self.total_timesteps or PRESETS[self.method] * len(self.tasks)
 
 
 # --- Environments ----------------------------------------------------------------------------------------------------
 def cheetah_model(variant: str) -> mujoco.MjModel:
-    """Gymnasium's half-cheetah with every size of one kind of body part scaled; the total mass stays 14 kg.
+    """Gymnasium's half-cheetah with radius, and half-length where there is one, of one kind of body part scaled.
 
-    The numbers of a geom's `size` are scaled (radius, and half-length where it has one), nothing else: joints keep
-    their places, and the compiler spreads 14 kg over the new volumes: a smaller foot makes all other parts heavier.
+    Joints keep their places, and the compiler spreads 14 kg over new volumes: a smaller foot makes the rest heavier.
     """
     spec = mujoco.MjSpec.from_file(str(Path(gym.__file__).parent / "envs" / "mujoco" / "assets" / "half_cheetah.xml"))
-    factor = next(factor for name, factor in FACTORS.items() if variant.startswith(name))
-    for geom in PARTS[variant.removeprefix("Small").removeprefix("Big")]:
+    factor, part = (0.75, variant[5:]) if variant.startswith("Small") else (1.25, variant[3:])
+    for geom in PARTS[part]:
         spec.geom(geom).size = spec.geom(geom).size * factor
     return spec.compile()
 
@@ -280,32 +252,23 @@ def a2c_update(args: Args, agent: Agent, optimizer: torch.optim.Optimizer, obs: 
     """One A2C step of one agent; terms of the loss and the mean deviation of actions."""
     agent.filter.update(obs)                                           # once per update, before the loss
     policy, advantages = agent.policy(obs), returns - agent.value(obs)
-    losses = {"value": VALUE_COEF * advantages.square().mean(),        # the advantage is a constant for the policy
+    losses = {"value": 0.5 * advantages.square().mean(),               # the advantage is a constant for the policy
               "policy": -(advantages.detach() * policy.log_prob(actions).sum(-1)).mean(),
               "entropy": -args.entropy_coef * policy.entropy().sum(-1).mean()}
     optimizer.zero_grad()                                              # to None: RMSprop skips what a task does not use
     sum(losses.values()).backward()
-    nn.utils.clip_grad_norm_(agent.parameters(), MAX_GRAD_NORM)        # of policy and critic together
+    nn.utils.clip_grad_norm_(agent.parameters(), 0.5)                  # of policy and critic together
     optimizer.step()
     return {name: loss.item() for name, loss in losses.items()} | {"sigma": policy.stddev.mean().item()}
 
 
 def load_source(args: Args) -> dict[str, Tensor]:
     """The weights that fine-tuning starts from; `args` takes the name of their task."""
-    if args.finetune_from is None or len(args.tasks) > 1:
-        sys.exit("--method finetune needs one task and a run to start from: --tasks SmallLeg --finetune-from RUN")
     agents = load_checkpoint(args.finetune_from).get("agents", {})
     args.source_task = args.source_task or next(iter(agents), None)
     if args.source_task not in agents:
         sys.exit(f"{args.finetune_from} has no --source-task {args.source_task}, but {', '.join(agents) or 'none'}")
     return agents[args.source_task]
-
-
-def freeze(agent: Agent, layers: str | None) -> None:
-    """Leave trainable what fine-tuning trains: output layers, and unless "paper" the policy's second hidden layer."""
-    trained = ("pi3", "log_std", "v3") if layers == "paper" else ("pi2", "pi3", "log_std", "v3")
-    for name, param in agent.named_parameters():
-        param.requires_grad_(name.startswith(trained))
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
@@ -315,7 +278,7 @@ def evaluate(args: Args, policies: dict, stopped=lambda: False) -> dict[str, np.
 
     Returns (T, episodes) of each; upside_down is the share of steps on the back. None once `stopped`.
     """
-    rng, returns, upside_down = np.random.default_rng([args.seed, 1]), [], []
+    rng, played = np.random.default_rng([args.seed, 1]), []
     for name, policy in policies.items():
         env, on_back = Cheetahs(name, args.eval_episodes, rng), 0
         while env.steps < HORIZON:
@@ -323,16 +286,9 @@ def evaluate(args: Args, policies: dict, stopped=lambda: False) -> dict[str, np.
                 return None
             env.step(policy(env.observe().to(args.device)).mean)
             on_back += (np.cos(env.state[:, 3]) < 0) / HORIZON         # of time, x, height, pitch
-        returns.append(env.returns)
-        upside_down.append(on_back)
-    returns = np.array(returns)
-    return {"return": returns, "success": returns >= GOOD_RETURN, "upside_down": np.array(upside_down)}
-
-
-def over_episodes(names: list[str], returns: np.ndarray) -> dict[str, float]:
-    """Each task's median return and standard deviation, (T, episodes)."""
-    kinds = {"median": np.median, "std": np.std}
-    return {f"{name}/{kind}": of(row) for kind, of in kinds.items() for name, row in zip(names, returns)}
+        played.append((env.returns, on_back))
+    returns, upside_down = np.swapaxes(played, 0, 1)
+    return {"return": returns, "success": returns >= GOOD_RETURN, "upside_down": upside_down}
 
 
 def train(args: Args) -> Path:
@@ -349,14 +305,15 @@ def train(args: Args) -> Path:
     agents.to(args.device)
     policies = {name: agent.policy for name, agent in agents.items()}
     if args.method == "finetune":
-        freeze(agents[args.tasks[0]], args.finetune_layers)
+        frozen = ("pi1", "v1", "v2") + ("pi2",) * (args.finetune_layers == "paper")
+        for name, param in agents.named_parameters():
+            param.requires_grad_(name.split(".")[1] not in frozen)
         policies.setdefault(args.source_task, agents[args.tasks[0]].policy)        # evaluated too: what is forgotten
     if args.evaluate:
         print_table(list(policies), evaluate(args, policies))
         if args.capture_video:
             film(args, policies, args.evaluate)
         return args.evaluate
-
     optimizer = torch.optim.RMSprop([p for p in agents.parameters() if p.requires_grad], args.lr, alpha=0.99, eps=1e-5)
     envs = {name: Cheetahs(name, args.num_envs, rng) for name in args.tasks}
     if args.resume:
@@ -366,24 +323,22 @@ def train(args: Args) -> Path:
         for env, (steps, *arrays) in zip(envs.values(), state["envs"]):
             env.steps, env.state, env.returns = steps, *(array.numpy() for array in arrays)
     run, global_step = Run(args, "halfcheetah", list(policies), state), state.get("global_step", 0)
-    before = state.get("before", {})                                   # returns before fine-tuning
 
     def save() -> None:
-        """Everything that the next step reads."""
         run.save(global_step, dict(
             agents={name: agent.state_dict() for name, agent in agents.items()}, optimizer=optimizer.state_dict(),
-            rng=json.dumps(rng.bit_generator.state), torch_rng=torch.get_rng_state(), before=before,
+            rng=json.dumps(rng.bit_generator.state), torch_rng=torch.get_rng_state(),
             envs=[(env.steps, torch.from_numpy(env.state), torch.from_numpy(env.returns)) for env in envs.values()]))
 
     save()                                                             # from here on a killed run can be resumed
-    if args.method == "finetune" and not before:
-        if (result := evaluate(args, policies, run.stop.is_set)) is not None:
-            before = {f"{name}/before": row.mean().item() for name, row in zip(run.names, result["return"])}
     while True:
-        if run.due(global_step):
+        if run.due(global_step) or args.method == "finetune" and not run.rows:           # what there was before it, too
             result = evaluate(args, policies, run.stop.is_set)
             if result is not None:
-                run.log_evaluation(global_step, result, over_episodes(run.names, result["return"]) | before)
+                columns = {}
+                for name, returns in zip(run.names, result["return"]):
+                    columns |= {f"{name}/median": np.median(returns), f"{name}/std": returns.std()}
+                run.log_evaluation(global_step, result, columns)
         if global_step >= args.total_timesteps or run.stop.is_set():
             break
         round_start, losses = global_step, []
@@ -399,15 +354,13 @@ def train(args: Args) -> Path:
             run.write(global_step)
         if crossed(round_start, global_step, args.checkpoint_every):
             save()
-
     save()
     if not run.stop.is_set():
-        others = {"before fine-tuning": {name: before[f"{name}/before"] for name in policies}} if before else TABLE_2
+        before = {"before fine-tuning": {name: run.rows[0][f"{name}/return"] for name in policies}}
+        others = before if args.method == "finetune" else TABLE_2
         plot_tasks(run.dir / "tasks.png", run.names, result["return"], others)
         print_table(run.names, result)
     run.close()
-    if args.capture_video:
-        film(args, policies, run.dir)
     return run.dir
 
 
@@ -455,6 +408,8 @@ class Run:
 
     def __init__(self, args: Args, family: str, names: list[str], state: dict):
         """`family` begins the folder's name; `names` are the tasks'; `state` is the checkpoint to go on from, or {}."""
+        if getattr(args, "capture_video", False):
+            sys.exit("--capture-video goes with --evaluate RUN")
         self.args, self.names, self.pending, self.rows = args, names, defaultdict(list), state.get("rows", [])
         self.started, first_step = time.time() - state.get("seconds", 0.0), state.get("global_step", 0)
         if self.rows and self.rows[-1]["global_step"] >= args.total_timesteps:         # evaluated at its end, too
@@ -467,10 +422,9 @@ class Run:
             self.lock.acquire(timeout=0)
         except Timeout:
             sys.exit(f"another process still writes to {self.dir}; stop it first")
-        about = json.loads((self.dir / "args.json").read_text(encoding="utf-8")) if args.resume else {"commands": []}
-        about |= {"script": Path(__file__).stem, "args": asdict(args),
-                  "versions": {package.name: package.version for package in distributions()}}
-        about["commands"].append(shlex.join(["python", *sys.argv]))
+        self.commands = [*state.get("commands", []), shlex.join(["python", *sys.argv])]
+        about = {"script": Path(__file__).stem, "commands": self.commands, "args": asdict(args),
+                 "versions": {package.name: package.version for package in distributions()}}
         (self.dir / "args.json").write_text(json.dumps(about, indent=2, default=str), encoding="utf-8")
         self.write_rows()                                              # drops what came after the checkpoint
         self.writer = SummaryWriter(self.dir, purge_step=first_step + 1)
@@ -484,7 +438,6 @@ class Run:
     def on_signal(self, number, frame) -> None:
         """First Ctrl-C or SIGTERM: finish this step or leave this evaluation, save, end. Second: end at once."""
         os.write(2, b"\nstopping after a checkpoint; a second signal stops at once\n")       # print may be half-way
-        self.stop_signal = number
         self.stop.set()
         signal.signal(number, self.handlers[number])
 
@@ -528,40 +481,38 @@ class Run:
     def write_rows(self) -> None:
         """metrics.csv, whole."""
         with open(self.dir / "metrics.csv", "w", newline="", encoding="utf-8") as file:
-            columns = dict.fromkeys(key for row in self.rows for key in row)         # later rows may have more
-            table = csv.DictWriter(file, columns or ["global_step", "seconds"])
+            table = csv.DictWriter(file, dict.fromkeys(key for row in self.rows for key in row))       # of all rows
             table.writeheader()
             table.writerows(self.rows)
 
     def save(self, global_step: int, state: dict) -> None:
         """Write the checkpoint beside, then rename: a killed run leaves the previous one or this one, never half."""
         self.write(global_step)                                        # ends the run where something is not finite
-        state |= {"global_step": global_step, "rows": self.rows, "seconds": time.time() - self.started}
+        state |= {"global_step": global_step, "rows": self.rows, "commands": self.commands,
+                  "seconds": time.time() - self.started}
         torch.save(state, self.dir / "checkpoint.tmp")
         os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
 
     def close(self) -> None:
-        """Draw the curves, say where everything is; after a signal, end with the exit status that it stands for."""
+        """Draw the curves and say where everything is; after a signal, how to go on."""
         self.bar.close(), self.writer.close(), self.lock.release()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.rows:
-            plot_curves(self.dir, self.names)
+            plot_curves(self.dir, self.names, self.rows)
         if self.stop.is_set():
-            print(f"stopped; go on with: {shlex.join(['python', sys.argv[0], '--resume', str(self.dir)])}")
-            sys.exit(128 + self.stop_signal)
+            sys.exit(f"stopped; go on with: {shlex.join(['python', sys.argv[0], '--resume', str(self.dir)])}")
         print(f"run folder: {self.dir}")
 
 
-def plot_curves(folder: Path, names: list[str]) -> None:
-    """curves.png from metrics.csv: success and return over steps, the mean thick, each task thin."""
-    table = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True, deletechars="", ndmin=1)
-    kinds = [kind for kind in ("success", "return") if f"mean_{kind}" in table.dtype.names]
+def plot_curves(folder: Path, names: list[str], rows: list[dict]) -> None:
+    """curves.png: success and return over steps, the mean thick, each task thin."""
+    steps = [row["global_step"] for row in rows]
+    kinds = [kind for kind in ("success", "return") if f"mean_{kind}" in rows[0]]
     figure = Figure(figsize=(2 + 4.5 * len(kinds), 4), layout="constrained")
     for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
-        for i, name in enumerate(names):
-            axis.plot(table["global_step"], table[f"{name}/{kind}"], ("-", "--", ":")[i // 10 % 3], lw=0.8, label=name)
-        axis.plot(table["global_step"], table[f"mean_{kind}"], "k", lw=2.5, label="mean")
+        axis.plot(steps, [[row[f"{name}/{kind}"] for name in names] for row in rows], lw=0.8, label=names)
+        axis.plot(steps, [row[f"mean_{kind}"] for row in rows], "k", lw=2.5, label="mean")
         axis.set(xlabel=STEPS, ylabel=f"evaluated {kind}")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)

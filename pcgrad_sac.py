@@ -85,65 +85,39 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 @dataclass
 class Args:
+    # three or four quick tasks of Meta-World, or its standard ten or fifty; decides what is None below
     env: Literal["mt3", "mt4", "mt10", "mt50"] = "mt4"
-    """three or four quick tasks of Meta-World, or its standard ten or fifty; decides what is None below"""
+    # gradient surgery; one network told the task by a one-hot; the same with a head per task
     method: Literal["pcgrad", "sac", "multihead"] = "pcgrad"
-    """gradient surgery; one network told the task by a one-hot; the same with a head per task"""
-    tasks: tuple[Literal[MT50], ...] = ()
-    """names of other Meta-World tasks, such as drawer-open window-close; none takes those of --env"""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
-    """seeds every generator"""
-    total_timesteps: Positive | None = None
-    """environment steps, summed over tasks; 200_000, mt10 5 and mt50 20 million"""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """where the networks live"""
-    threads: Positive = 1
-    """CPU threads of PyTorch: networks this small gain little from more"""
-    eval_every: Positive | None = None
-    """environment steps between evaluations"""
-    eval_episodes: Positive = 10
-    """episodes per task and evaluation: deterministic policy, separate environments, own generators"""
-    checkpoint_every: Positive | None = None
-    """environment steps between checkpoints; one is always written at the end and on Ctrl-C or SIGTERM"""
-    runs_dir: Path = Path("runs")
-    """where run folders go"""
-    resume: Path | None = None
-    """run folder to go on from, with its settings; a larger --total-timesteps, for instance, on top"""
-    evaluate: Path | None = None
-    """run folder to load and evaluate; trains nothing"""
-    capture_video: bool = False
-    """after training or with --evaluate: an animated picture of each task"""
+    tasks: tuple[Literal[MT50], ...] = ()     # other tasks of Meta-World, such as drawer-open; none: those of --env
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1  # seeds every generator
+    total_timesteps: Positive | None = None   # environment steps, summed over tasks; 200_000, mt10 5M, mt50 20M
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where the networks live
+    threads: Positive = 1                     # of PyTorch on a CPU: networks this small gain little from more
+    eval_every: Positive | None = None        # environment steps between evaluations
+    eval_episodes: Positive = 10              # per task and evaluation, deterministic, in separate environments
+    checkpoint_every: Positive | None = None  # environment steps between checkpoints; one more when the run ends
+    runs_dir: Path = Path("runs")             # where run folders go
+    resume: Path | None = None                # run folder to go on from, with its settings and flags given on top
+    evaluate: Path | None = None              # run folder to load and evaluate; trains nothing
+    capture_video: bool = False               # with --evaluate: an animated picture of each task
 
-    horizon: Annotated[int, Field(ge=1, le=500)] | None = None
-    """steps after which an episode is cut off"""
-    num_goals: Annotated[int, Field(ge=1, le=50)] = 50
-    """goals (with start positions) per task, drawn by the seed; episodes take them in random order, each as often"""
-    heads: bool = False
-    """with pcgrad: a head per task on a shared trunk, as multihead has it"""
-    fixed_order: bool = False
-    """with pcgrad: each task meets its partners in the order of the list, as in the workshop paper"""
-    watch_every: Positive = 10
-    """updates between measurements of the tasks' gradients, which change nothing"""
-    update_every: Positive = 1
-    """steps of every environment per update"""
-    learning_starts: Positive | None = None
-    """random actions per task before the first update"""
-    batch_size: Positive | None = None
-    """transitions per task and update"""
-    buffer_size: Positive = 100_000
-    """replay capacity per task, transitions"""
-    hidden_sizes: tuple[Positive, ...] | None = None
-    """widths of the hidden layers"""
-    lr: Share = 3e-4
-    """Adam step size of the policy"""
-    critic_lr: Share | None = None
-    """Adam step size of critics and temperatures"""
-    gamma: Share = 0.99
-    """discount factor"""
-    tau: Share = 0.005
-    """Polyak coefficient: the share of the online critics that enters the targets at each update"""
+    horizon: Annotated[int, Field(ge=1, le=500)] | None = None  # steps after which an episode is cut off
+    num_goals: Annotated[int, Field(ge=1, le=50)] = 50  # goals per task, drawn by the seed; episodes take them in turns
+    heads: bool = False                       # pcgrad: a head per task on a shared trunk, as multihead has it
+    fixed_order: bool = False                 # pcgrad: partners in the order of the list, as in the workshop paper
+    watch_every: Positive = 10                # updates between measurements of gradients, which change nothing
+    update_every: Positive = 1                # steps of every environment per update
+    learning_starts: Positive | None = None   # random actions per task before the first update
+    batch_size: Positive | None = None        # transitions per task and update
+    buffer_size: Positive = 100_000           # replay capacity per task, transitions
+    hidden_sizes: tuple[Positive, ...] | None = None  # widths of the hidden layers
+    lr: Share = 3e-4                          # Adam step size of the policy
+    critic_lr: Share | None = None            # Adam step size of critics and temperatures
+    gamma: Share = 0.99                       # discount factor
+    tau: Share = 0.005                        # Polyak coefficient: share of the online critics in a step of targets
+    # L2 norm to which gradients are clipped, actor and critics apart
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """L2 norm to which the gradient of the policy, and that of both critics, is clipped"""
 
     def __post_init__(self):
         self.tasks = self.tasks or FAMILIES[self.env]
@@ -227,11 +201,6 @@ def make_envs(args: Args, rng: np.random.Generator) -> TaskEnvs:
     """The tasks of the run, with starts drawn from `rng`."""
     rows = zip(args.tasks, np.eye(len(args.tasks)))
     return TaskEnvs([MetaWorldTask(name, row, args.seed, args.num_goals) for name, row in rows], args.horizon, rng)
-
-
-def save_animation(path: Path, frames: list[list[np.ndarray]]) -> None:
-    """An animated GIF of all tasks side by side; a frame is a list of pictures, (H, W, 3) uint8, one per task."""
-    imageio.mimsave(path, [np.hstack([image[::2, ::2] for image in images]) for images in frames], duration=60, loop=0)
 
 
 # --- Networks --------------------------------------------------------------------------------------------------------
@@ -462,23 +431,24 @@ def update(args: Args, agent: SAC, optimizers: dict, batch: list[Tensor], rng: n
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
-def evaluate(args: Args, act, stopped=lambda: False, frames: list | None = None) -> dict[str, np.ndarray] | None:
+def evaluate(args: Args, act, stopped=lambda: False) -> dict[str, np.ndarray] | None:
     """--eval-episodes episodes of every task, in environments with a generator of their own.
 
     Args:
         act: observations (T, O) -> actions (T, A).
-        frames: takes pictures of all tasks, every fourth step of their first episodes.
     Returns:
         return and success, (T, episodes) each; None as soon as `stopped` says so.
     """
-    envs, episodes = make_envs(args, np.random.default_rng([args.seed, 1])), [[] for _ in args.tasks]
+    envs, episodes, frames = make_envs(args, np.random.default_rng([args.seed, 1])), [[] for _ in args.tasks], []
     while min(map(len, episodes)) < args.eval_episodes:
         if stopped():
             return None
-        if frames is not None and not all(episodes) and envs.episodes[0]["episodic_length"] % 4 == 0:
-            frames.append([env.render() for env in envs.envs])
+        if args.capture_video and not all(episodes) and envs.episodes[0]["episodic_length"] % 4 == 0:
+            frames.append(np.hstack([env.render()[::2, ::2] for env in envs.envs]))
         for task, episode in envs.step(act(envs.obs))[-1].items():
             episodes[task].append(episode)
+    if frames:
+        imageio.mimsave(args.evaluate / "tasks.gif", frames, duration=60, loop=0)
     return {kind: np.array([[episode[key] for episode in row[:args.eval_episodes]] for row in episodes])
             for kind, key in (("return", "episodic_return"), ("success", "success"))}
 
@@ -492,8 +462,6 @@ def train(args: Args) -> Path:
     rng = np.random.default_rng(args.seed)                             # starts, replay indices, random actions, orders
     num_tasks, envs = len(args.tasks), make_envs(args, rng)
     obs_size, action_size = envs.obs.shape[1], 4
-    if args.capture_video:
-        envs.envs[0].render()                                          # ends here, not hours later, without OpenGL
     agent = make_agent(args, obs_size, action_size)
     optimizers = {"actor": torch.optim.Adam(agent.actor.parameters(), args.lr, fused=True),
                   "critic": torch.optim.Adam(agent.critic.parameters(), args.critic_lr, fused=True),
@@ -509,10 +477,7 @@ def train(args: Args) -> Path:
     if state:
         agent.load_state_dict(state["agent"])
     if args.evaluate:
-        frames = [] if args.capture_video else None
-        print_table(args.tasks, evaluate(args, act, frames=frames))
-        if frames:
-            save_animation(args.evaluate / "tasks.gif", frames)
+        print_table(args.tasks, evaluate(args, act))
         return args.evaluate
     buffer = ReplayBuffer(num_tasks, min(args.buffer_size, -(-args.total_timesteps // num_tasks)), obs_size,
                           action_size, args.device)
@@ -529,7 +494,6 @@ def train(args: Args) -> Path:
         tqdm.write("the simulators' states are not saved: the run goes on with fresh episodes")
 
     def save() -> None:
-        """Everything that the next step reads."""
         run.save(global_step, dict(
             agent=agent.state_dict(), optimizers={name: opt.state_dict() for name, opt in optimizers.items()},
             history=history, watched=watched, num_added=buffer.num_added, buffer=buffer.data[:, :len(buffer)].clone(),
@@ -539,8 +503,7 @@ def train(args: Args) -> Path:
     while True:
         # Evaluate: first, so that a run that was stopped during an evaluation makes it up ---------------------
         if run.due(global_step):
-            frames = [] if args.capture_video and global_step >= args.total_timesteps else None
-            result = evaluate(args, act, run.stop.is_set, frames)
+            result = evaluate(args, act, run.stop.is_set)
             if result is not None:
                 count = watched.pop("count", 1)
                 means = {key: total / count for key, total in watched.items()}
@@ -576,8 +539,6 @@ def train(args: Args) -> Path:
     if not run.stop.is_set():
         plot_conflicts(run.dir, args.tasks, history)
         print_table(args.tasks, result)
-        if args.capture_video:
-            save_animation(run.dir / "tasks.gif", frames)
     run.close()
     return run.dir
 
@@ -612,6 +573,8 @@ class Run:
 
     def __init__(self, args: Args, family: str, names: list[str], state: dict):
         """`family` begins the folder's name; `names` are the tasks'; `state` is the checkpoint to go on from, or {}."""
+        if getattr(args, "capture_video", False):
+            sys.exit("--capture-video goes with --evaluate RUN")
         self.args, self.names, self.pending, self.rows = args, names, defaultdict(list), state.get("rows", [])
         self.started, first_step = time.time() - state.get("seconds", 0.0), state.get("global_step", 0)
         if self.rows and self.rows[-1]["global_step"] >= args.total_timesteps:         # evaluated at its end, too
@@ -624,10 +587,9 @@ class Run:
             self.lock.acquire(timeout=0)
         except Timeout:
             sys.exit(f"another process still writes to {self.dir}; stop it first")
-        about = json.loads((self.dir / "args.json").read_text(encoding="utf-8")) if args.resume else {"commands": []}
-        about |= {"script": Path(__file__).stem, "args": asdict(args),
-                  "versions": {package.name: package.version for package in distributions()}}
-        about["commands"].append(shlex.join(["python", *sys.argv]))
+        self.commands = [*state.get("commands", []), shlex.join(["python", *sys.argv])]
+        about = {"script": Path(__file__).stem, "commands": self.commands, "args": asdict(args),
+                 "versions": {package.name: package.version for package in distributions()}}
         (self.dir / "args.json").write_text(json.dumps(about, indent=2, default=str), encoding="utf-8")
         self.write_rows()                                              # drops what came after the checkpoint
         self.writer = SummaryWriter(self.dir, purge_step=first_step + 1)
@@ -641,7 +603,6 @@ class Run:
     def on_signal(self, number, frame) -> None:
         """First Ctrl-C or SIGTERM: finish this step or leave this evaluation, save, end. Second: end at once."""
         os.write(2, b"\nstopping after a checkpoint; a second signal stops at once\n")       # print may be half-way
-        self.stop_signal = number
         self.stop.set()
         signal.signal(number, self.handlers[number])
 
@@ -685,40 +646,38 @@ class Run:
     def write_rows(self) -> None:
         """metrics.csv, whole."""
         with open(self.dir / "metrics.csv", "w", newline="", encoding="utf-8") as file:
-            columns = dict.fromkeys(key for row in self.rows for key in row)         # later rows may have more
-            table = csv.DictWriter(file, columns or ["global_step", "seconds"])
+            table = csv.DictWriter(file, dict.fromkeys(key for row in self.rows for key in row))       # of all rows
             table.writeheader()
             table.writerows(self.rows)
 
     def save(self, global_step: int, state: dict) -> None:
         """Write the checkpoint beside, then rename: a killed run leaves the previous one or this one, never half."""
         self.write(global_step)                                        # ends the run where something is not finite
-        state |= {"global_step": global_step, "rows": self.rows, "seconds": time.time() - self.started}
+        state |= {"global_step": global_step, "rows": self.rows, "commands": self.commands,
+                  "seconds": time.time() - self.started}
         torch.save(state, self.dir / "checkpoint.tmp")
         os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
 
     def close(self) -> None:
-        """Draw the curves, say where everything is; after a signal, end with the exit status that it stands for."""
+        """Draw the curves and say where everything is; after a signal, how to go on."""
         self.bar.close(), self.writer.close(), self.lock.release()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.rows:
-            plot_curves(self.dir, self.names)
+            plot_curves(self.dir, self.names, self.rows)
         if self.stop.is_set():
-            print(f"stopped; go on with: {shlex.join(['python', sys.argv[0], '--resume', str(self.dir)])}")
-            sys.exit(128 + self.stop_signal)
+            sys.exit(f"stopped; go on with: {shlex.join(['python', sys.argv[0], '--resume', str(self.dir)])}")
         print(f"run folder: {self.dir}")
 
 
-def plot_curves(folder: Path, names: list[str]) -> None:
-    """curves.png from metrics.csv: success and return over steps, the mean thick, each task thin."""
-    table = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True, deletechars="", ndmin=1)
-    kinds = [kind for kind in ("success", "return") if f"mean_{kind}" in table.dtype.names]
+def plot_curves(folder: Path, names: list[str], rows: list[dict]) -> None:
+    """curves.png: success and return over steps, the mean thick, each task thin."""
+    steps = [row["global_step"] for row in rows]
+    kinds = [kind for kind in ("success", "return") if f"mean_{kind}" in rows[0]]
     figure = Figure(figsize=(2 + 4.5 * len(kinds), 4), layout="constrained")
     for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
-        for i, name in enumerate(names):
-            axis.plot(table["global_step"], table[f"{name}/{kind}"], ("-", "--", ":")[i // 10 % 3], lw=0.8, label=name)
-        axis.plot(table["global_step"], table[f"mean_{kind}"], "k", lw=2.5, label="mean")
+        axis.plot(steps, [[row[f"{name}/{kind}"] for name in names] for row in rows], lw=0.8, label=names)
+        axis.plot(steps, [row[f"mean_{kind}"] for row in rows], "k", lw=2.5, label="mean")
         axis.set(xlabel=STEPS, ylabel=f"evaluated {kind}")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)

@@ -76,9 +76,9 @@ from tqdm import tqdm
 GOALS = {"north-east": (1.0, 1.0), "south-west": (-1.0, -1.0), "south-east": (1.0, -1.0), "north-west": (-1.0, 1.0)}
 PARTS = {"Torso": ["torso"], "Head": ["head"], "Thigh": ["bthigh", "fthigh"], "Leg": ["bshin", "fshin"],
          "Foot": ["bfoot", "ffoot"]}
-FACTORS = {"Small": 0.75, "Big": 1.25}
+SIZES = ("Small", "Big")
 FAMILIES = {"goals": tuple(GOALS),
-            "halfcheetah": tuple(size + part for part in ("Foot", "Leg", "Thigh", "Torso") for size in FACTORS),
+            "halfcheetah": tuple(size + part for part in ("Foot", "Leg", "Thigh", "Torso") for size in SIZES),
             "mt4": ("reach", "drawer-close", "button-press-topdown", "window-close"),
             "mt10": tuple(name.removesuffix("-v3") for name in metaworld.env_dict.MT10_V3)}
 ACTION_SIZES = {"goals": 2, "halfcheetah": 6, "mt4": 4, "mt10": 4}
@@ -112,93 +112,55 @@ Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]                 # --no-co
 
 @dataclass
 class Args:
+    # four goals for a point mass; eight half-cheetahs with other body parts; four or ten tasks of Meta-World
     env: Literal["goals", "halfcheetah", "mt4", "mt10"] = "goals"
-    """four goals for a point mass; eight half-cheetahs with other body parts; four or ten tasks of Meta-World"""
     method: Literal["picor", "mtsac", "mtmhsac", "independent", "g-surgery", "soft-modules", "ktm"] = "picor"
     """policy correction; SAC on batches of all tasks, told the task by a one-hot; the same with a head per task; a SAC
     per task; mtsac with gradient surgery; with modules that a routing network mixes; with a teacher per task"""
-    tasks: tuple[str, ...] = ()
-    """a subset of the family's tasks; none takes all of them"""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
-    """seeds every generator"""
-    total_timesteps: Positive | None = None
-    """environment steps, summed over tasks"""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """where the networks live"""
-    threads: Positive = 1
-    """CPU threads of PyTorch: networks this small gain little from more"""
-    eval_every: Positive | None = None
-    """environment steps between evaluations"""
-    eval_episodes: Positive | None = None
-    """episodes per task and evaluation: deterministic policy, separate environments, own generators"""
-    checkpoint_every: Positive | None = None
-    """environment steps between checkpoints; one is always written at the end and on Ctrl-C or SIGTERM"""
-    runs_dir: Path = Path("runs")
-    """where run folders go"""
-    resume: Path | None = None
-    """run folder to go on from, with its settings; a larger --total-timesteps, for instance, on top"""
-    evaluate: Path | None = None
-    """run folder to load and evaluate; trains nothing"""
-    capture_video: bool = False
-    """after training or with --evaluate: an animated picture of each task"""
+    tasks: tuple[str, ...] = ()               # a subset of the family's tasks; none takes all of them
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1  # seeds every generator
+    total_timesteps: Positive | None = None   # environment steps, summed over tasks
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where the networks live
+    threads: Positive = 1                     # of PyTorch on a CPU: networks this small gain little from more
+    eval_every: Positive | None = None        # environment steps between evaluations
+    eval_episodes: Positive | None = None     # per task and evaluation, deterministic, in separate environments
+    checkpoint_every: Positive | None = None  # environment steps between checkpoints; one more when the run ends
+    runs_dir: Path = Path("runs")             # where run folders go
+    resume: Path | None = None                # run folder to go on from, with its settings and flags given on top
+    evaluate: Path | None = None              # run folder to load and evaluate; trains nothing
+    capture_video: bool = False               # with --evaluate: an animated picture of each task
 
-    no_correction: Switch = False
-    """picor without phase 2, the paper's "Cor": SAC in blocks of one task"""
+    no_correction: Switch = False             # picor without phase 2, the paper's "Cor": SAC in blocks of one task
     no_adaptive_weights: Switch = False
     """picor with weights 1 / N, without the paper's "Ada", which takes them from the temperatures. Without correction,
     they scale the loss of the active task's policy"""
-    critic_batch: Literal["all", "active"] | None = None
-    """tasks that picor's critic learns from at each update (all)"""
-    correction_steps: Positive | None = None
-    """most steps of a correction; it ends as soon as the hinge is 0 (5)"""
-    correction_states: Positive | None = None
-    """states per task on which advantages are estimated (32)"""
-    recent: Annotated[int, Field(ge=0)] | None = None
-    """draw these states from the task's last so many transitions; 0 draws from all (0)"""
-    c: Annotated[float, Field(le=0)] | None = None
-    """how much discounted return may be lost per update [spread of Q, or reward with --no-adv-norm] (-0.1)"""
-    penalty: NonNegative | None = None
-    """weight of half the squared hinge, paper: lambda (10)"""
-    no_adv_norm: Switch = False
-    """take advantages as they are, not in standard deviations of Q over actions, in which one c suits all tasks"""
-    hard_advantage: Switch = False
-    """leave the entropy out of the advantage; the hinge then fights what SAC has just improved"""
-    alpha_all: Switch = False
-    """move the temperatures of all tasks at each update, on the states of phase 2, not only the active task's"""
-    weight_tau: Share | None = None
-    """temperature of the weights' softmax [entropy temperatures], paper: tau (0.1)"""
-    weight_warmup: Annotated[int, Field(ge=0)] | None = None
-    """updates that every task must have had before the weights leave 1 / N (500)"""
-    teachers: Path | None = None
-    """ktm: the run folder of --method independent on the same tasks, whose steps come on top"""
-    offline_updates: Positive | None = None
-    """ktm: updates on the teachers' replay before the first environment step; as many as --total-timesteps"""
-    block_steps: Positive | None = None
-    """environment steps of a task before the next one's turn, paper: K; ktm: 1"""
-    task_order: Literal["random", "cycle"] | None = None
-    """how the task of a block is drawn: at random, for ktm in turn"""
-    horizon: Positive | None = None
-    """steps after which an episode is cut off"""
-    num_goals: Annotated[int, Field(ge=1, le=50)] | None = None
-    """Meta-World: goals per task, drawn by the seed (1, as in the paper); with more, raise --eval-episodes"""
-    alpha_init: Share = 0.2
-    """entropy temperature at the start [reward per nat]"""
-    update_every: Positive = 1
-    """environment steps per update"""
-    learning_starts: Positive | None = None
-    """random actions per task before the first update; of its policy for ktm"""
-    batch_size: Positive | None = None
-    """transitions per update"""
-    buffer_size: Positive = 1_000_000
-    """replay capacity per task, transitions; no more is reserved than the run can fill"""
+    critic_batch: Literal["all", "active"] | None = None  # tasks that picor's critic learns from (all)
+    correction_steps: Positive | None = None  # most steps of a correction; it ends as soon as the hinge is 0 (5)
+    correction_states: Positive | None = None  # states per task on which advantages are estimated (32)
+    recent: Annotated[int, Field(ge=0)] | None = None  # of the task's last so many transitions; 0: of all (0)
+    c: Annotated[float, Field(le=0)] | None = None  # discounted return that an update may lose [spread of Q] (-0.1)
+    penalty: NonNegative | None = None        # weight of half the squared hinge, paper: lambda (10)
+    no_adv_norm: Switch = False               # advantages as they are, not in standard deviations of Q over actions
+    hard_advantage: Switch = False            # advantage without entropy: the hinge then fights what SAC improved
+    alpha_all: Switch = False                 # temperatures of all tasks move, not only the active task's
+    weight_tau: Share | None = None  # temperature of the weights' softmax [entropy temperatures], paper: tau (0.1)
+    weight_warmup: Annotated[int, Field(ge=0)] | None = None  # updates of every task before weights leave 1 / N (500)
+    teachers: Path | None = None              # ktm: run folder of --method independent; its steps come on top
+    offline_updates: Positive | None = None   # ktm: updates before the first step; as many as --total-timesteps
+    block_steps: Positive | None = None       # environment steps of a task before the next one's turn, paper: K; ktm: 1
+    task_order: Literal["random", "cycle"] | None = None  # how the task of a block is drawn: at random, for ktm in turn
+    horizon: Positive | None = None           # steps after which an episode is cut off
+    num_goals: Annotated[int, Field(ge=1, le=50)] | None = None  # Meta-World: goals per task, drawn by the seed (1)
+    alpha_init: Share = 0.2                   # entropy temperature at the start [reward per nat]
+    update_every: Positive = 1                # environment steps per update
+    learning_starts: Positive | None = None   # random actions per task before the first update; of its policy for ktm
+    batch_size: Positive | None = None        # transitions per update
+    buffer_size: Positive = 1_000_000         # replay capacity per task, transitions; no more than the run can fill
+    # widths of the hidden layers, of soft-modules' base
     hidden_sizes: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
-    """widths of the hidden layers, for soft-modules of its base (400 400 is the authors' network)"""
-    lr: Share | None = None
-    """Adam step size of all networks and temperatures"""
-    gamma: Share = 0.99
-    """discount factor"""
-    tau: Share = 0.005
-    """Polyak coefficient: the share of the online critics that enters the targets at each update"""
+    lr: Share | None = None                   # Adam step size of all networks and temperatures
+    gamma: Share = 0.99                       # discount factor
+    tau: Share = 0.005                        # Polyak coefficient: share of the online critics in a step of targets
 
     def __post_init__(self):
         self.tasks = self.tasks or FAMILIES[self.env]
@@ -263,14 +225,13 @@ class GoalTask:
 
 
 def cheetah_model(variant: str) -> mujoco.MjModel:
-    """Gymnasium's half-cheetah with every size of one kind of body part scaled; the total mass stays 14 kg.
+    """Gymnasium's half-cheetah with radius, and half-length where there is one, of one kind of body part scaled.
 
-    The numbers of a geom's `size` are scaled (radius, and half-length where it has one), nothing else: joints keep
-    their places, and the compiler spreads 14 kg over the new volumes: a smaller foot makes all other parts heavier.
+    Joints keep their places, and the compiler spreads 14 kg over new volumes: a smaller foot makes the rest heavier.
     """
     spec = mujoco.MjSpec.from_file(str(Path(gym.__file__).parent / "envs" / "mujoco" / "assets" / "half_cheetah.xml"))
-    factor = next(factor for name, factor in FACTORS.items() if variant.startswith(name))
-    for geom in PARTS[variant.removeprefix("Small").removeprefix("Big")]:
+    factor, part = (0.75, variant[5:]) if variant.startswith("Small") else (1.25, variant[3:])
+    for geom in PARTS[part]:
         spec.geom(geom).size = spec.geom(geom).size * factor
     return spec.compile()
 
@@ -388,11 +349,6 @@ def make_envs(args: Args, rng: np.random.Generator, only: int | None = None) -> 
                         CheetahTask(name, one_hot) if args.env == "halfcheetah" else
                         MetaWorldTask(name, one_hot, args.seed, args.num_goals))
     return TaskEnvs(envs, args.horizon, rng)
-
-
-def save_animation(path: Path, frames: list[list[np.ndarray]]) -> None:
-    """An animated GIF of all tasks side by side; a frame is a list of pictures, (H, W, 3) uint8, one per task."""
-    imageio.mimsave(path, [np.hstack([image[::2, ::2] for image in images]) for images in frames], duration=60, loop=0)
 
 
 # --- Networks --------------------------------------------------------------------------------------------------------
@@ -763,23 +719,24 @@ def correct(args: Args, agent: SAC, optimizer: torch.optim.Optimizer, states: Te
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
-def evaluate(args: Args, act, stopped=lambda: False, frames: list | None = None) -> dict[str, np.ndarray] | None:
+def evaluate(args: Args, act, stopped=lambda: False) -> dict[str, np.ndarray] | None:
     """--eval-episodes episodes of every task, in environments with a generator of their own.
 
     Args:
         act: observations (T, O) -> actions (T, A).
-        frames: takes pictures of all tasks, every fourth step of their first episodes.
     Returns:
         return and success, (T, episodes) each; None as soon as `stopped` says so.
     """
-    envs, episodes = make_envs(args, np.random.default_rng([args.seed, 1])), [[] for _ in args.tasks]
+    envs, episodes, frames = make_envs(args, np.random.default_rng([args.seed, 1])), [[] for _ in args.tasks], []
     while min(map(len, episodes)) < args.eval_episodes:
         if stopped():
             return None
-        if frames is not None and not all(episodes) and envs.episodes[0]["episodic_length"] % 4 == 0:
-            frames.append([env.render() for env in envs.envs])
+        if args.capture_video and not all(episodes) and envs.episodes[0]["episodic_length"] % 4 == 0:
+            frames.append(np.hstack([env.render()[::2, ::2] for env in envs.envs]))
         for task, episode in envs.step(act(envs.obs))[-1].items():
             episodes[task].append(episode)
+    if frames:
+        imageio.mimsave(args.evaluate / "tasks.gif", frames, duration=60, loop=0)
     return {kind: np.array([[episode[key] for episode in row[:args.eval_episodes]] for row in episodes])
             for kind, key in (("return", "episodic_return"), ("success", "success"))}
 
@@ -823,11 +780,6 @@ def train(args: Args) -> Path:
     agents = nn.ModuleList(make_agent(args, obs_size, action_size)     # one for all tasks, or one for each, of which
                            for _ in range(num_tasks if args.method == "independent" else 1))     # only its task's turn
     optimizers = [make_optimizers(args, agent) for agent in agents]
-    if args.capture_video:
-        try:
-            envs[0].envs[0].render()
-        except Exception as error:                                     # whatever the OpenGL at hand raises
-            sys.exit(f"no OpenGL for pictures ({error}); set the environment variable MUJOCO_GL to egl or osmesa")
 
     @torch.no_grad()
     def act(obs: np.ndarray, explore: bool = False) -> np.ndarray:
@@ -840,10 +792,7 @@ def train(args: Args) -> Path:
     if state:
         agents.load_state_dict(state["agents"])
     if args.evaluate:
-        frames = [] if args.capture_video else None
-        print_table(args.tasks, evaluate(args, act, frames=frames))
-        if frames:
-            save_animation(args.evaluate / "tasks.gif", frames)
+        print_table(args.tasks, evaluate(args, act))
         return args.evaluate
     if args.method == "ktm":
         teachers, teachers_replay, teachers_steps = load_experts(args, obs_size, action_size)
@@ -871,7 +820,6 @@ def train(args: Args) -> Path:
             tqdm.write("the simulators' states are not saved: the run goes on with fresh episodes, and a block anew")
 
     def save() -> None:
-        """Everything that the next step reads."""
         worlds = [dict(obs=torch.from_numpy(each.obs), episodes=each.episodes, simulator=each.envs[0].get_state())
                   for each in envs if hasattr(each.envs[0], "get_state")]      # Meta-World's cannot be saved
         run.save(global_step, dict(
@@ -897,8 +845,7 @@ def train(args: Args) -> Path:
     while True:
         # Evaluate: first, so that a run that was stopped during an evaluation makes it up ---------------------
         if run.due(global_step):
-            frames = [] if args.capture_video and global_step >= args.total_timesteps else None
-            result = evaluate(args, act, run.stop.is_set, frames)
+            result = evaluate(args, act, run.stop.is_set)
             if result is not None:
                 extra = {key: float(np.mean(values)) for key, values in watched.items()}
                 extra |= {f"{name}/updates": count for name, count in zip(args.tasks, updates)}
@@ -948,8 +895,6 @@ def train(args: Args) -> Path:
         print_table(args.tasks, result)
         if args.method == "ktm":
             print(f"{global_step:,} environment steps, {global_step + teachers_steps:,} with those of the teachers")
-        if args.capture_video:
-            save_animation(run.dir / "tasks.gif", frames)
     run.close()
     return run.dir
 
@@ -987,6 +932,8 @@ class Run:
 
     def __init__(self, args: Args, family: str, names: list[str], state: dict):
         """`family` begins the folder's name; `names` are the tasks'; `state` is the checkpoint to go on from, or {}."""
+        if getattr(args, "capture_video", False):
+            sys.exit("--capture-video goes with --evaluate RUN")
         self.args, self.names, self.pending, self.rows = args, names, defaultdict(list), state.get("rows", [])
         self.started, first_step = time.time() - state.get("seconds", 0.0), state.get("global_step", 0)
         if self.rows and self.rows[-1]["global_step"] >= args.total_timesteps:         # evaluated at its end, too
@@ -999,10 +946,9 @@ class Run:
             self.lock.acquire(timeout=0)
         except Timeout:
             sys.exit(f"another process still writes to {self.dir}; stop it first")
-        about = json.loads((self.dir / "args.json").read_text(encoding="utf-8")) if args.resume else {"commands": []}
-        about |= {"script": Path(__file__).stem, "args": asdict(args),
-                  "versions": {package.name: package.version for package in distributions()}}
-        about["commands"].append(shlex.join(["python", *sys.argv]))
+        self.commands = [*state.get("commands", []), shlex.join(["python", *sys.argv])]
+        about = {"script": Path(__file__).stem, "commands": self.commands, "args": asdict(args),
+                 "versions": {package.name: package.version for package in distributions()}}
         (self.dir / "args.json").write_text(json.dumps(about, indent=2, default=str), encoding="utf-8")
         self.write_rows()                                              # drops what came after the checkpoint
         self.writer = SummaryWriter(self.dir, purge_step=first_step + 1)
@@ -1016,7 +962,6 @@ class Run:
     def on_signal(self, number, frame) -> None:
         """First Ctrl-C or SIGTERM: finish this step or leave this evaluation, save, end. Second: end at once."""
         os.write(2, b"\nstopping after a checkpoint; a second signal stops at once\n")       # print may be half-way
-        self.stop_signal = number
         self.stop.set()
         signal.signal(number, self.handlers[number])
 
@@ -1060,40 +1005,38 @@ class Run:
     def write_rows(self) -> None:
         """metrics.csv, whole."""
         with open(self.dir / "metrics.csv", "w", newline="", encoding="utf-8") as file:
-            columns = dict.fromkeys(key for row in self.rows for key in row)         # later rows may have more
-            table = csv.DictWriter(file, columns or ["global_step", "seconds"])
+            table = csv.DictWriter(file, dict.fromkeys(key for row in self.rows for key in row))       # of all rows
             table.writeheader()
             table.writerows(self.rows)
 
     def save(self, global_step: int, state: dict) -> None:
         """Write the checkpoint beside, then rename: a killed run leaves the previous one or this one, never half."""
         self.write(global_step)                                        # ends the run where something is not finite
-        state |= {"global_step": global_step, "rows": self.rows, "seconds": time.time() - self.started}
+        state |= {"global_step": global_step, "rows": self.rows, "commands": self.commands,
+                  "seconds": time.time() - self.started}
         torch.save(state, self.dir / "checkpoint.tmp")
         os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
 
     def close(self) -> None:
-        """Draw the curves, say where everything is; after a signal, end with the exit status that it stands for."""
+        """Draw the curves and say where everything is; after a signal, how to go on."""
         self.bar.close(), self.writer.close(), self.lock.release()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.rows:
-            plot_curves(self.dir, self.names)
+            plot_curves(self.dir, self.names, self.rows)
         if self.stop.is_set():
-            print(f"stopped; go on with: {shlex.join(['python', sys.argv[0], '--resume', str(self.dir)])}")
-            sys.exit(128 + self.stop_signal)
+            sys.exit(f"stopped; go on with: {shlex.join(['python', sys.argv[0], '--resume', str(self.dir)])}")
         print(f"run folder: {self.dir}")
 
 
-def plot_curves(folder: Path, names: list[str]) -> None:
-    """curves.png from metrics.csv: success and return over steps, the mean thick, each task thin."""
-    table = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True, deletechars="", ndmin=1)
-    kinds = [kind for kind in ("success", "return") if f"mean_{kind}" in table.dtype.names]
+def plot_curves(folder: Path, names: list[str], rows: list[dict]) -> None:
+    """curves.png: success and return over steps, the mean thick, each task thin."""
+    steps = [row["global_step"] for row in rows]
+    kinds = [kind for kind in ("success", "return") if f"mean_{kind}" in rows[0]]
     figure = Figure(figsize=(2 + 4.5 * len(kinds), 4), layout="constrained")
     for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
-        for i, name in enumerate(names):
-            axis.plot(table["global_step"], table[f"{name}/{kind}"], ("-", "--", ":")[i // 10 % 3], lw=0.8, label=name)
-        axis.plot(table["global_step"], table[f"mean_{kind}"], "k", lw=2.5, label="mean")
+        axis.plot(steps, [[row[f"{name}/{kind}"] for name in names] for row in rows], lw=0.8, label=names)
+        axis.plot(steps, [row[f"mean_{kind}"] for row in rows], "k", lw=2.5, label="mean")
         axis.set(xlabel=STEPS, ylabel=f"evaluated {kind}")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)

@@ -102,70 +102,41 @@ NonNegative = Annotated[float, Field(ge=0)]
 
 @dataclass
 class Args:
-    env: Literal["maze", "reacher", "metaworld"] = "maze"
-    """task family; decides, with the method, what is None below"""
+    env: Literal["maze", "reacher", "metaworld"] = "maze"  # task family; decides, with the method, what is None below
+    # the paper's method, a control, a baseline or an ablation: docs/qmp_sac.md says what each one is
     method: Literal["qmp", "qmp-own", "separated", "shared", "qmp-uniform", "qmp-domain", "shared-multihead",
                     "qmp-multihead", "dnc", "dnc-reg"] = "qmp"
-    """the paper's method, a control, a baseline or an ablation (docs/qmp_sac.md says what each one is)"""
-    tasks: tuple[int, ...] = ()
-    """indices of the tasks to train on, such as 0 4 8; none takes all of the family"""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
-    """seeds every generator"""
-    total_timesteps: Positive = 1_000_000
-    """environment steps, summed over tasks"""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """where the networks live"""
-    threads: Positive = 1
-    """CPU threads of PyTorch: networks this small gain little from more"""
-    eval_every: Positive = 60_000
-    """environment steps between evaluations"""
-    eval_episodes: Positive = 10
-    """episodes per task and evaluation: deterministic policy, separate environments, own generators"""
-    checkpoint_every: Positive = 120_000
-    """environment steps between checkpoints; one is always written at the end and on Ctrl-C or SIGTERM"""
-    runs_dir: Path = Path("runs")
-    """where run folders go"""
-    resume: Path | None = None
-    """run folder to go on from, with its settings; a larger --total-timesteps, for instance, on top"""
-    evaluate: Path | None = None
-    """run folder to load and evaluate; trains nothing"""
-    capture_video: bool = False
-    """after training or with --evaluate: an animated picture of each task"""
+    tasks: tuple[int, ...] = ()  # indices of the tasks to train on, such as 0 4 8; none takes all of the family
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1  # seeds every generator
+    total_timesteps: Positive = 1_000_000     # environment steps, summed over tasks
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where the networks live
+    threads: Positive = 1                     # of PyTorch on a CPU: networks this small gain little from more
+    eval_every: Positive = 60_000             # environment steps between evaluations
+    eval_episodes: Positive = 10              # per task and evaluation, deterministic, in separate environments
+    checkpoint_every: Positive = 120_000      # environment steps between checkpoints; one more when the run ends
+    runs_dir: Path = Path("runs")             # where run folders go
+    resume: Path | None = None                # run folder to go on from, with its settings and flags given on top
+    evaluate: Path | None = None              # run folder to load and evaluate; trains nothing
+    capture_video: bool = False               # with --evaluate: an animated picture of each task
 
-    eval_mixture: bool = False
-    """also evaluate the mixture, with mean actions (columns mixture/...): what a task can do with the others' help"""
-    reacher_model: Literal["strong", "official"] | None = None
-    """arm with a shoulder motor that can hold it (gear 20), or the authors' (10), which cannot at some goals; strong"""
+    eval_mixture: bool = False                # also evaluate the mixture, with mean actions: columns mixture/...
+    reacher_model: Literal["strong", "official"] | None = None  # shoulder motor of gear 20, or the authors' 10
+    # what the Q-switch scores: the sample, as executed, or the mean
     switch_action: Literal["sample", "mean"] | None = None
-    """action that the Q-switch scores: each policy's sample, which is executed, or its mean (authors' code); sample"""
-    switch_q: Literal["min", "q1"] | None = None
-    """critic that scores: the smaller of the twins, or the first alone (authors' code); min"""
-    mixture_warmup: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """share of the run, from its start, in which the own policies act; 0, for qmp-multihead in the maze 0.05"""
-    learning_starts: Positive | None = None
-    """transitions per task, after which the first full round ends with updates; 3_000, other than the maze 10_000"""
-    train_every: Positive | None = None
-    """environment steps per task between two rounds of updates; 600, reacher 200, metaworld 500"""
-    gradient_steps: Positive | None = None
-    """updates per task in a round, T times as many where networks are shared; 100, reacher 200, metaworld 50"""
-    batch_size: Positive | None = None
-    """transitions per task and update, or of all tasks together where networks are shared; 256, reacher 32"""
-    buffer_size: Positive = 1_000_000
-    """replay capacity per task, transitions"""
-    hidden_size: Positive | None = None
-    """width of the two hidden layers; 256, or more for networks that all tasks share (834 in the maze)"""
-    lr: Share | None = None
-    """Adam step size of policies, critics and temperatures; 3e-4, more in metaworld and with heads in the reacher"""
-    gamma: Share = 0.99
-    """discount factor"""
-    tau: Share = 0.005
-    """Polyak coefficient: the share of the online critics that enters the targets at each update"""
-    kl_weight: NonNegative | None = None
-    """weight of the KL to every other task's policy, paper: beta; 1e-3, for dnc-reg in the maze 1e-4"""
-    distill_every: Positive | None = None
-    """with dnc: environment steps between two distillations; a tenth of the run as it was started"""
-    distill_steps: Positive | None = None
-    """with dnc: minibatches per distillation; 500"""
+    switch_q: Literal["min", "q1"] | None = None  # which critic: the smaller of the twins, or the first (code)
+    mixture_warmup: Annotated[float, Field(ge=0, lt=1)] | None = None  # share of the run before the Q-switch acts
+    learning_starts: Positive | None = None   # transitions per task before the first round of updates
+    train_every: Positive | None = None       # environment steps per task between two rounds of updates
+    gradient_steps: Positive | None = None    # updates per task and round, T times as many where networks are shared
+    batch_size: Positive | None = None        # transitions per update, of a task, or of all where networks are shared
+    buffer_size: Positive = 1_000_000         # replay capacity per task, transitions
+    hidden_size: Positive | None = None       # width of the two hidden layers
+    lr: Share | None = None                   # Adam step size of policies, critics and temperatures
+    gamma: Share = 0.99                       # discount factor
+    tau: Share = 0.005                        # Polyak coefficient: share of the online critics in a step of targets
+    kl_weight: NonNegative | None = None      # of the KL to every other task's policy, paper: beta
+    distill_every: Positive | None = None     # dnc: environment steps between distillations; a tenth of the run
+    distill_steps: Positive | None = None     # with dnc: minibatches per distillation; 500
 
     def __post_init__(self):
         preset = PRESETS[self.env] | PRESETS.get(f"{self.env} {self.method}", {})
@@ -493,11 +464,6 @@ def make_envs(args: Args, rng: np.random.Generator) -> TaskEnvs:
     return TaskEnvs(envs, envs[0].horizon, rng)
 
 
-def save_animation(path: Path, frames: list[list[np.ndarray]]) -> None:
-    """An animated GIF of all tasks side by side; a frame is a list of pictures, (H, W, 3) uint8, one per task."""
-    imageio.mimsave(path, [np.hstack([image[::2, ::2] for image in images]) for images in frames], duration=60, loop=0)
-
-
 # --- Networks --------------------------------------------------------------------------------------------------------
 class TaskMLP(nn.Module):
     """An MLP for each of T tasks, C times over (1 for policies, 2 for twin critics), all evaluated at once.
@@ -713,30 +679,32 @@ def distill(args: Args, agent: SAC, optimizer: torch.optim.Optimizer, buffer: Re
 
 # --- Training --------------------------------------------------------------------------------------------------------
 @torch.random.fork_rng(devices=[])                                     # what a mixture draws is not training's
-def evaluate(args: Args, agent: SAC, method: str, stopped=lambda: False, frames: list | None = None,
+def evaluate(args: Args, agent: SAC, method: str, stopped=lambda: False,
              paths: list[list] | None = None) -> dict[str, np.ndarray] | None:
     """--eval-episodes episodes of every task with mean actions, in environments with a generator of their own.
 
     Args:
         method: whose rule is followed; "separated" for each task's own policy.
-        frames: takes pictures of all tasks, every fourth step of their first episodes.
         paths: a list per task, which takes the observations of its first episode.
     Returns:
         return, success and what else the tasks report, (T, episodes) each; None as soon as `stopped` says so.
     """
     torch.manual_seed(args.seed)
-    envs, episodes = make_envs(args, np.random.default_rng([args.seed, 1])), [[] for _ in args.tasks]
+    envs, episodes, frames = make_envs(args, np.random.default_rng([args.seed, 1])), [[] for _ in args.tasks], []
     while min(map(len, episodes)) < args.eval_episodes:
         if stopped():
             return None
-        if frames is not None and not all(episodes) and envs.episodes[0]["episodic_length"] % 4 == 0:
-            frames.append([env.render() for env in envs.envs])
+        if args.capture_video and not all(episodes) and envs.episodes[0]["episodic_length"] % 4 == 0:
+            frames.append(np.hstack([env.render()[::2, ::2] for env in envs.envs]))
         next_obs, _, _, ended = envs.step(behave(args, agent, envs.obs, method, explore=False)[0])
         for i, path in enumerate(paths or ()):
             if not episodes[i]:
                 path.append(next_obs[i])
         for task, episode in ended.items():
             episodes[task].append(episode)
+    if frames:
+        name = "tasks" if method == "separated" else "mixture"
+        imageio.mimsave(args.evaluate / f"{name}.gif", frames, duration=60, loop=0)
     return {key.removeprefix("episodic_"): np.array([[episode[key] for episode in row[:args.eval_episodes]]
                                                      for row in episodes])
             for key in episodes[0][0] if key != "episodic_length"}
@@ -755,20 +723,15 @@ def train(args: Args) -> Path:
     optimizers = {name: torch.optim.Adam(net.parameters(), args.lr, fused=True)
                   for name, net in agent.named_children() if name != "target"}         # with dnc, of "centroid", too
     optimizers["alpha"] = torch.optim.Adam([agent.log_alpha], args.lr, fused=True)
-    if args.capture_video:
-        envs.envs[0].render()                                          # ends here, not hours later, without OpenGL
 
     state = load_checkpoint(args.resume or args.evaluate) if args.resume or args.evaluate else {}
     if state:
         agent.load_state_dict(state["agent"])
     if args.evaluate:
-        frames = [] if args.capture_video else None
-        print_table(names, evaluate(args, agent, "separated", frames=frames))
+        print_table(names, evaluate(args, agent, "separated"))
         if args.eval_mixture:
             print("the mixture:")
             print_table(names, evaluate(args, agent, args.method))
-        if frames:
-            save_animation(args.evaluate / "tasks.gif", frames)
         return args.evaluate
 
     buffer = ReplayBuffer(num_tasks, min(args.buffer_size, -(-args.total_timesteps // num_tasks)), obs_size,
@@ -796,7 +759,6 @@ def train(args: Args) -> Path:
                    f"{first_update:,} (--learning-starts {args.learning_starts:,} of each task, and a full round)")
 
     def save() -> None:
-        """Everything that the next step reads."""
         run.save(global_step, dict(
             agent=agent.state_dict(), optimizers={name: opt.state_dict() for name, opt in optimizers.items()},
             counts=counts, recent=recent, owed=owed, num_added=buffer.num_added,
@@ -807,9 +769,8 @@ def train(args: Args) -> Path:
     while True:
         # Evaluate: first, so that a run that was stopped during an evaluation makes it up ---------------------
         if run.due(global_step):
-            frames = [] if args.capture_video and global_step >= args.total_timesteps else None
             paths = [[] for _ in names]
-            result = evaluate(args, agent, "separated", run.stop.is_set, frames, paths)
+            result = evaluate(args, agent, "separated", run.stop.is_set, paths)
             mixed = evaluate(args, agent, args.method, run.stop.is_set) if args.eval_mixture else {}
             if result is not None and mixed is not None:
                 own_share = (recent.diagonal() / recent.sum(1)).numpy()
@@ -855,8 +816,6 @@ def train(args: Args) -> Path:
         if args.env == "reacher":
             plot_stages(run.dir, names)
         print_table(names, result)
-        if args.capture_video:
-            save_animation(run.dir / "tasks.gif", frames)
     run.close()
     return run.dir
 
@@ -926,6 +885,8 @@ class Run:
 
     def __init__(self, args: Args, family: str, names: list[str], state: dict):
         """`family` begins the folder's name; `names` are the tasks'; `state` is the checkpoint to go on from, or {}."""
+        if getattr(args, "capture_video", False):
+            sys.exit("--capture-video goes with --evaluate RUN")
         self.args, self.names, self.pending, self.rows = args, names, defaultdict(list), state.get("rows", [])
         self.started, first_step = time.time() - state.get("seconds", 0.0), state.get("global_step", 0)
         if self.rows and self.rows[-1]["global_step"] >= args.total_timesteps:         # evaluated at its end, too
@@ -938,10 +899,9 @@ class Run:
             self.lock.acquire(timeout=0)
         except Timeout:
             sys.exit(f"another process still writes to {self.dir}; stop it first")
-        about = json.loads((self.dir / "args.json").read_text(encoding="utf-8")) if args.resume else {"commands": []}
-        about |= {"script": Path(__file__).stem, "args": asdict(args),
-                  "versions": {package.name: package.version for package in distributions()}}
-        about["commands"].append(shlex.join(["python", *sys.argv]))
+        self.commands = [*state.get("commands", []), shlex.join(["python", *sys.argv])]
+        about = {"script": Path(__file__).stem, "commands": self.commands, "args": asdict(args),
+                 "versions": {package.name: package.version for package in distributions()}}
         (self.dir / "args.json").write_text(json.dumps(about, indent=2, default=str), encoding="utf-8")
         self.write_rows()                                              # drops what came after the checkpoint
         self.writer = SummaryWriter(self.dir, purge_step=first_step + 1)
@@ -955,7 +915,6 @@ class Run:
     def on_signal(self, number, frame) -> None:
         """First Ctrl-C or SIGTERM: finish this step or leave this evaluation, save, end. Second: end at once."""
         os.write(2, b"\nstopping after a checkpoint; a second signal stops at once\n")       # print may be half-way
-        self.stop_signal = number
         self.stop.set()
         signal.signal(number, self.handlers[number])
 
@@ -999,40 +958,38 @@ class Run:
     def write_rows(self) -> None:
         """metrics.csv, whole."""
         with open(self.dir / "metrics.csv", "w", newline="", encoding="utf-8") as file:
-            columns = dict.fromkeys(key for row in self.rows for key in row)         # later rows may have more
-            table = csv.DictWriter(file, columns or ["global_step", "seconds"])
+            table = csv.DictWriter(file, dict.fromkeys(key for row in self.rows for key in row))       # of all rows
             table.writeheader()
             table.writerows(self.rows)
 
     def save(self, global_step: int, state: dict) -> None:
         """Write the checkpoint beside, then rename: a killed run leaves the previous one or this one, never half."""
         self.write(global_step)                                        # ends the run where something is not finite
-        state |= {"global_step": global_step, "rows": self.rows, "seconds": time.time() - self.started}
+        state |= {"global_step": global_step, "rows": self.rows, "commands": self.commands,
+                  "seconds": time.time() - self.started}
         torch.save(state, self.dir / "checkpoint.tmp")
         os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
 
     def close(self) -> None:
-        """Draw the curves, say where everything is; after a signal, end with the exit status that it stands for."""
+        """Draw the curves and say where everything is; after a signal, how to go on."""
         self.bar.close(), self.writer.close(), self.lock.release()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.rows:
-            plot_curves(self.dir, self.names)
+            plot_curves(self.dir, self.names, self.rows)
         if self.stop.is_set():
-            print(f"stopped; go on with: {shlex.join(['python', sys.argv[0], '--resume', str(self.dir)])}")
-            sys.exit(128 + self.stop_signal)
+            sys.exit(f"stopped; go on with: {shlex.join(['python', sys.argv[0], '--resume', str(self.dir)])}")
         print(f"run folder: {self.dir}")
 
 
-def plot_curves(folder: Path, names: list[str]) -> None:
-    """curves.png from metrics.csv: success and return over steps, the mean thick, each task thin."""
-    table = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True, deletechars="", ndmin=1)
-    kinds = [kind for kind in ("success", "return") if f"mean_{kind}" in table.dtype.names]
+def plot_curves(folder: Path, names: list[str], rows: list[dict]) -> None:
+    """curves.png: success and return over steps, the mean thick, each task thin."""
+    steps = [row["global_step"] for row in rows]
+    kinds = [kind for kind in ("success", "return") if f"mean_{kind}" in rows[0]]
     figure = Figure(figsize=(2 + 4.5 * len(kinds), 4), layout="constrained")
     for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
-        for i, name in enumerate(names):
-            axis.plot(table["global_step"], table[f"{name}/{kind}"], ("-", "--", ":")[i // 10 % 3], lw=0.8, label=name)
-        axis.plot(table["global_step"], table[f"mean_{kind}"], "k", lw=2.5, label="mean")
+        axis.plot(steps, [[row[f"{name}/{kind}"] for name in names] for row in rows], lw=0.8, label=names)
+        axis.plot(steps, [row[f"mean_{kind}"] for row in rows], "k", lw=2.5, label="mean")
         axis.set(xlabel=STEPS, ylabel=f"evaluated {kind}")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)

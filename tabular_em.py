@@ -60,40 +60,25 @@ FIXED = {"env", "method", "seed", "trials", "num_policies"}            # what a 
 
 @dataclass
 class Args:
+    # twelve goals in a grid's corners; ten rewards on a chain, as the authors coded them, or as they printed them
     env: Literal["grid", "chain", "chain-paper"] = "grid"
-    """twelve goals in a grid's corners; ten rewards on a chain, as the authors coded them, or as they printed them"""
+    # EM clustering; one policy for all tasks; one policy per task; clusters drawn once at random
     method: Literal["em", "sp", "ppt", "random-clusters"] = "em"
-    """EM clustering; one policy for all tasks; one policy per task; clusters drawn once at random"""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
-    """seeds every generator"""
-    trials: Positive = 10
-    """independent repetitions; trial k is the same however many there are"""
-    total_timesteps: Positive = 200_000
-    """environment steps of each trial, summed over policies; evaluation not counted"""
-    eval_every: Positive = 2_000
-    """environment steps between evaluations"""
-    eval_episodes: Positive = 3
-    """greedy episodes of every policy on every task in an E-step, and of the assigned ones in an evaluation"""
-    checkpoint_every: Positive = 20_000
-    """environment steps between checkpoints; one is always written at the end and on Ctrl-C or SIGTERM"""
-    runs_dir: Path = Path("runs")
-    """where run folders go"""
-    resume: Path | None = None
-    """run folder to go on from, with its settings; a larger --total-timesteps, for instance, on top"""
-    evaluate: Path | None = None
-    """run folder to load and evaluate; trains nothing"""
-    num_policies: Positive | None = None
-    """paper: n; None: 4 for the grid, 2 for the chain, 1 for sp, one per task for ppt"""
-    m_step_size: Positive = 500
-    """paper: T_M, training steps per policy and M-step; the last episode is finished on top"""
-    mask_terminals: bool = False
-    """no bootstrapping from the goal (textbook)"""
-    lr: Share = 0.2
-    """step size of Q-learning"""
-    gamma: Share = 0.9
-    """discount factor of Q-learning; reported returns are undiscounted"""
-    epsilon: Share = 0.2
-    """probability of a random action in training, before its decay by 1e-6 of itself per step of the policy"""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1  # seeds every generator
+    trials: Positive = 10                     # independent repetitions; trial k is the same, however many there are
+    total_timesteps: Positive = 200_000       # environment steps of a trial, summed over policies; without evaluation
+    eval_every: Positive = 2_000              # environment steps between evaluations
+    eval_episodes: Positive = 3               # greedy, per policy and task in an E-step, per task in an evaluation
+    checkpoint_every: Positive = 20_000       # environment steps between checkpoints; one more when the run ends
+    runs_dir: Path = Path("runs")             # where run folders go
+    resume: Path | None = None                # run folder to go on from, with its settings and flags given on top
+    evaluate: Path | None = None              # run folder to load and evaluate; trains nothing
+    num_policies: Positive | None = None      # paper: n; None: grid 4, chain 2, sp 1, ppt one per task
+    m_step_size: Positive = 500               # paper: T_M, steps per policy and M-step; the last episode is finished
+    mask_terminals: bool = False              # no bootstrapping from the goal (textbook)
+    lr: Share = 0.2                           # step size of Q-learning
+    gamma: Share = 0.9                        # discount factor of Q-learning; reported returns are undiscounted
+    epsilon: Share = 0.2                      # share of random actions in training; decays by 1e-6 of itself a step
 
     def __post_init__(self):
         num_tasks, num_clusters = (12, 4) if self.env == "grid" else (10, 2)
@@ -252,7 +237,7 @@ def train(args: Args) -> Path:
         return args.evaluate
     run, global_step = Run(args, args.env, tasks.names, state), state.get("global_step", 0)
 
-    def save():
+    def save() -> None:
         run.save(global_step, {"trials": [trial.state_dict() for trial in trials]})
 
     save()                                                             # so that a killed run can be resumed
@@ -359,6 +344,8 @@ class Run:
 
     def __init__(self, args: Args, family: str, names: list[str], state: dict):
         """`family` begins the folder's name; `names` are the tasks'; `state` is the checkpoint to go on from, or {}."""
+        if getattr(args, "capture_video", False):
+            sys.exit("--capture-video goes with --evaluate RUN")
         self.args, self.names, self.pending, self.rows = args, names, defaultdict(list), state.get("rows", [])
         self.started, first_step = time.time() - state.get("seconds", 0.0), state.get("global_step", 0)
         if self.rows and self.rows[-1]["global_step"] >= args.total_timesteps:         # evaluated at its end, too
@@ -371,10 +358,9 @@ class Run:
             self.lock.acquire(timeout=0)
         except Timeout:
             sys.exit(f"another process still writes to {self.dir}; stop it first")
-        about = json.loads((self.dir / "args.json").read_text(encoding="utf-8")) if args.resume else {"commands": []}
-        about |= {"script": Path(__file__).stem, "args": asdict(args),
-                  "versions": {package.name: package.version for package in distributions()}}
-        about["commands"].append(shlex.join(["python", *sys.argv]))
+        self.commands = [*state.get("commands", []), shlex.join(["python", *sys.argv])]
+        about = {"script": Path(__file__).stem, "commands": self.commands, "args": asdict(args),
+                 "versions": {package.name: package.version for package in distributions()}}
         (self.dir / "args.json").write_text(json.dumps(about, indent=2, default=str), encoding="utf-8")
         self.write_rows()                                              # drops what came after the checkpoint
         self.writer = SummaryWriter(self.dir, purge_step=first_step + 1)
@@ -388,7 +374,6 @@ class Run:
     def on_signal(self, number, frame) -> None:
         """First Ctrl-C or SIGTERM: finish this step or leave this evaluation, save, end. Second: end at once."""
         os.write(2, b"\nstopping after a checkpoint; a second signal stops at once\n")       # print may be half-way
-        self.stop_signal = number
         self.stop.set()
         signal.signal(number, self.handlers[number])
 
@@ -432,40 +417,38 @@ class Run:
     def write_rows(self) -> None:
         """metrics.csv, whole."""
         with open(self.dir / "metrics.csv", "w", newline="", encoding="utf-8") as file:
-            columns = dict.fromkeys(key for row in self.rows for key in row)         # later rows may have more
-            table = csv.DictWriter(file, columns or ["global_step", "seconds"])
+            table = csv.DictWriter(file, dict.fromkeys(key for row in self.rows for key in row))       # of all rows
             table.writeheader()
             table.writerows(self.rows)
 
     def save(self, global_step: int, state: dict) -> None:
         """Write the checkpoint beside, then rename: a killed run leaves the previous one or this one, never half."""
         self.write(global_step)                                        # ends the run where something is not finite
-        state |= {"global_step": global_step, "rows": self.rows, "seconds": time.time() - self.started}
+        state |= {"global_step": global_step, "rows": self.rows, "commands": self.commands,
+                  "seconds": time.time() - self.started}
         torch.save(state, self.dir / "checkpoint.tmp")
         os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
 
     def close(self) -> None:
-        """Draw the curves, say where everything is; after a signal, end with the exit status that it stands for."""
+        """Draw the curves and say where everything is; after a signal, how to go on."""
         self.bar.close(), self.writer.close(), self.lock.release()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.rows:
-            plot_curves(self.dir, self.names)
+            plot_curves(self.dir, self.names, self.rows)
         if self.stop.is_set():
-            print(f"stopped; go on with: {shlex.join(['python', sys.argv[0], '--resume', str(self.dir)])}")
-            sys.exit(128 + self.stop_signal)
+            sys.exit(f"stopped; go on with: {shlex.join(['python', sys.argv[0], '--resume', str(self.dir)])}")
         print(f"run folder: {self.dir}")
 
 
-def plot_curves(folder: Path, names: list[str]) -> None:
-    """curves.png from metrics.csv: success and return over steps, the mean thick, each task thin."""
-    table = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True, deletechars="", ndmin=1)
-    kinds = [kind for kind in ("success", "return") if f"mean_{kind}" in table.dtype.names]
+def plot_curves(folder: Path, names: list[str], rows: list[dict]) -> None:
+    """curves.png: success and return over steps, the mean thick, each task thin."""
+    steps = [row["global_step"] for row in rows]
+    kinds = [kind for kind in ("success", "return") if f"mean_{kind}" in rows[0]]
     figure = Figure(figsize=(2 + 4.5 * len(kinds), 4), layout="constrained")
     for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
-        for i, name in enumerate(names):
-            axis.plot(table["global_step"], table[f"{name}/{kind}"], ("-", "--", ":")[i // 10 % 3], lw=0.8, label=name)
-        axis.plot(table["global_step"], table[f"mean_{kind}"], "k", lw=2.5, label="mean")
+        axis.plot(steps, [[row[f"{name}/{kind}"] for name in names] for row in rows], lw=0.8, label=names)
+        axis.plot(steps, [row[f"mean_{kind}"] for row in rows], "k", lw=2.5, label="mean")
         axis.set(xlabel=STEPS, ylabel=f"evaluated {kind}")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
