@@ -572,7 +572,6 @@ class Run:
         about = {"script": Path(__file__).stem, "commands": self.commands, "args": asdict(args),
                  "versions": {package.name: package.version for package in distributions()}}
         (self.dir / "args.json").write_text(json.dumps(about, indent=2, default=str), encoding="utf-8")
-        self.write_rows()                                              # drops what came after the checkpoint
         self.writer = SummaryWriter(self.dir, purge_step=first_step + 1)
         self.bar = tqdm(total=args.total_timesteps, initial=first_step, unit="step", unit_scale=True, disable=None)
         self.stop, self.handlers = threading.Event(), {}
@@ -618,18 +617,14 @@ class Run:
         row = {key: float(f"{value:.6g}") for key, value in (row | extra).items()}
         seconds = time.time() - self.started
         self.rows.append({"global_step": global_step, "seconds": round(seconds, 1)} | row)
-        self.write_rows()
+        with open(self.dir / "metrics.csv", "w", newline="", encoding="utf-8") as file:    # whole, so no row is torn
+            table = csv.DictWriter(file, dict.fromkeys(key for each in self.rows for key in each))
+            table.writeheader()
+            table.writerows(self.rows)
         self.log("eval", row)
         self.write(global_step)
         means = "  ".join(f"{kind} {values.mean():.2f}" for kind, values in result.items())
         tqdm.write(f"step {global_step:,}/{self.args.total_timesteps:,}  {means}  {global_step / seconds:,.0f} steps/s")
-
-    def write_rows(self) -> None:
-        """metrics.csv, whole."""
-        with open(self.dir / "metrics.csv", "w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, dict.fromkeys(key for row in self.rows for key in row))       # of all rows
-            table.writeheader()
-            table.writerows(self.rows)
 
     def save(self, global_step: int, state: dict) -> None:
         """Write the checkpoint beside, then rename: a killed run leaves the previous one or this one, never half."""

@@ -94,8 +94,7 @@ PRESETS = {  # a setting left at None takes its value from here
                  total_timesteps=5_000_000, eval_every=100_000, checkpoint_every=100_000, eval_episodes=1)}
 # The same for what has an effect in some runs only, and is refused in others.
 PICOR = dict(no_correction=False, no_adaptive_weights=False, critic_batch="all")
-CORRECTION = dict(correction_steps=5, correction_states=32, recent=0, c=-0.1, penalty=10.0, no_adv_norm=False,
-                  hard_advantage=False, alpha_all=False)
+CORRECTION = dict(correction_steps=5, correction_states=32, recent=0, c=-0.1, penalty=10.0, hard_advantage=False)
 WEIGHTS = dict(weight_tau=0.1, weight_warmup=500)
 KTM, MT = dict(teachers=None, offline_updates=None), dict(num_goals=1)
 ONE_TASK = ("picor", "independent", "ktm")                    # methods whose policy learns from the active task only
@@ -140,9 +139,7 @@ class Args:
     recent: Annotated[int, Field(ge=0)] | None = None  # of the task's last so many transitions; 0: of all (0)
     c: Annotated[float, Field(le=0)] | None = None  # discounted return that an update may lose [spread of Q] (-0.1)
     penalty: NonNegative | None = None        # weight of half the squared hinge, paper: lambda (10)
-    no_adv_norm: Switch = False               # advantages as they are, not in standard deviations of Q over actions
     hard_advantage: Switch = False            # advantage without entropy: the hinge then fights what SAC improved
-    alpha_all: Switch = False                 # temperatures of all tasks move, not only the active task's
     weight_tau: Share | None = None  # temperature of the weights' softmax [entropy temperatures], paper: tau (0.1)
     weight_warmup: Annotated[int, Field(ge=0)] | None = None  # updates of every task before weights leave 1 / N (500)
     teachers: Path | None = None              # ktm: run folder of --method independent; its steps come on top
@@ -664,8 +661,6 @@ def update(args: Args, agent: SAC, optimizers: dict, buffer: TaskReplay, task: i
     losses["actor"] = descend_mean(args, optimizers["actor"], agent.actor, actor_loss, rng, scale)
 
     # Temperatures, each with an Adam of its own: what rests keeps its statistics --------------------------------
-    if args.alpha_all:
-        policy_tasks, log_prob = everyone, squash(*before, torch.randn(before[0].shape).to(obs))[1]
     slopes = actions.shape[-1] - log_prob.detach().mean(-1, keepdim=True)      # entropy - target, (K, 1); target -A
     for z, slope in zip(policy_tasks, slopes * torch.eye(len(everyone)).to(obs)[policy_tasks]):
         agent.log_alpha.grad = slope
@@ -696,11 +691,10 @@ def correct(args: Args, agent: SAC, optimizer: torch.optim.Optimizer, states: Te
         actions, log_prob = squash(mean, log_std, noise)
         return agent.q(agent.critic, states, actions).amin(0) - alpha * log_prob           # (T, n)
     with torch.no_grad():
-        old_value, spread = value(*before), 1.0
-        if not args.no_adv_norm:                                       # standard deviation of Q over four actions
-            actions = [squash(*before, torch.randn(noise.shape).to(noise))[0] for _ in range(4)]
-            q = torch.stack([agent.q(agent.critic, states, action).amin(0) for action in actions])
-            spread = q.std(0).mean(1).clamp(min=1e-6)                  # (T,)
+        old_value = value(*before)
+        actions = [squash(*before, torch.randn(noise.shape).to(noise))[0] for _ in range(4)]
+        q = torch.stack([agent.q(agent.critic, states, action).amin(0) for action in actions])
+        spread = q.std(0).mean(1).clamp(min=1e-6)                      # of Q over four actions, (T,)
         mean, log_std = agent.policy(states)
         anchor = Normal(mean, log_std.exp(), validate_args=False)      # pi', where phase 1 left the policy
     for steps in range(args.correction_steps + 1):
@@ -950,7 +944,6 @@ class Run:
         about = {"script": Path(__file__).stem, "commands": self.commands, "args": asdict(args),
                  "versions": {package.name: package.version for package in distributions()}}
         (self.dir / "args.json").write_text(json.dumps(about, indent=2, default=str), encoding="utf-8")
-        self.write_rows()                                              # drops what came after the checkpoint
         self.writer = SummaryWriter(self.dir, purge_step=first_step + 1)
         self.bar = tqdm(total=args.total_timesteps, initial=first_step, unit="step", unit_scale=True, disable=None)
         self.stop, self.handlers = threading.Event(), {}
@@ -996,18 +989,14 @@ class Run:
         row = {key: float(f"{value:.6g}") for key, value in (row | extra).items()}
         seconds = time.time() - self.started
         self.rows.append({"global_step": global_step, "seconds": round(seconds, 1)} | row)
-        self.write_rows()
+        with open(self.dir / "metrics.csv", "w", newline="", encoding="utf-8") as file:    # whole, so no row is torn
+            table = csv.DictWriter(file, dict.fromkeys(key for each in self.rows for key in each))
+            table.writeheader()
+            table.writerows(self.rows)
         self.log("eval", row)
         self.write(global_step)
         means = "  ".join(f"{kind} {values.mean():.2f}" for kind, values in result.items())
         tqdm.write(f"step {global_step:,}/{self.args.total_timesteps:,}  {means}  {global_step / seconds:,.0f} steps/s")
-
-    def write_rows(self) -> None:
-        """metrics.csv, whole."""
-        with open(self.dir / "metrics.csv", "w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, dict.fromkeys(key for row in self.rows for key in row))       # of all rows
-            table.writeheader()
-            table.writerows(self.rows)
 
     def save(self, global_step: int, state: dict) -> None:
         """Write the checkpoint beside, then rename: a killed run leaves the previous one or this one, never half."""

@@ -29,14 +29,11 @@ from scipy.stats import t as student
 
 @dataclass
 class Args:
+    # LABEL=RUN[,RUN...]; the first label is the one that others are compared with
     labels: tyro.conf.Positional[tuple[str, ...]] = ()
-    """LABEL=RUN[,RUN...]; the first label is the one that others are compared with"""
-    figure: str | None = None
-    """in place of labels: an entry of figures.toml, or NAME-paper for its runs at that scale"""
-    measures: tuple[str, ...] = ("success", "return")
-    """columns that each task has in metrics.csv"""
-    out: Path = Path("comparison")
-    """folder for summary.md and pictures"""
+    figure: str | None = None  # in place of labels: an entry of figures.toml, or NAME-paper for its runs at that scale
+    measures: tuple[str, ...] = ("success", "return")  # columns that each task has in metrics.csv
+    out: Path = Path("comparison")            # folder for summary.md and pictures
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------

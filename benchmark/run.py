@@ -32,24 +32,15 @@ PACKAGES = {"ale-py", "box2d", "gymnasium", "metaworld", "mujoco", "numpy", "tor
 
 @dataclass
 class Args:
-    figure: tyro.conf.Positional[str]
-    """entry of benchmark/figures.toml"""
-    scale: Literal["laptop", "paper"] = "laptop"
-    """steps and seeds: what two cores can do, or the paper's own"""
-    workers: int = 2
-    """runs at a time, one thread each"""
-    methods: tuple[str, ...] = ()
-    """only these of the figure's methods"""
-    seeds: tuple[int, ...] = ()
-    """these seeds in place of the scale's"""
-    runs_dir: Path = Path("runs")
-    """where the runs go, in a folder for the figure"""
-    dry_run: bool = False
-    """print the commands and do nothing"""
-    launcher: Literal["local", "slurm"] = "local"
-    """run here, or hand each run to SLURM and return"""
-    slurm_hours: int = 24
-    """time limit of a SLURM job"""
+    figure: tyro.conf.Positional[str]         # entry of benchmark/figures.toml
+    scale: Literal["laptop", "paper"] = "laptop"  # steps and seeds: what two cores can do, or the paper's own
+    workers: int = 2                          # runs at a time, one thread each
+    methods: tuple[str, ...] = ()             # only these of the figure's methods
+    seeds: tuple[int, ...] = ()               # these seeds in place of the scale's
+    runs_dir: Path = Path("runs")             # where the runs go, in a folder for the figure
+    dry_run: bool = False                     # print the commands and do nothing
+    launcher: Literal["local", "slurm"] = "local"  # run here, or hand each run to SLURM and return
+    slurm_hours: int = 24                     # time limit of a SLURM job
 
 
 class Job:

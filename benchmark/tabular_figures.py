@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 RESULTS = Path(__file__).parent / "results" / "em-tabular"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -39,7 +40,7 @@ def make(name: str) -> None:
 
 
 def draw(tables: dict[str, np.ndarray], ends: dict[str, dict]) -> None:
-    """Figures 2 and 3, with the random clusters of Figure 8 left; Figure 7 left beside the numbers of Figure 12."""
+    """Figures 2 and 3, with the random clusters of Figure 8 left; Figure 7 left beside Figure 12."""
     for env, optimum, file in (("chain", 18.116, "fig2-chain.png"), ("grid", 12.600, "fig3-grid.png")):
         figure = Figure(figsize=(9, 4.2), layout="constrained")
         axis = figure.subplots()
@@ -52,17 +53,23 @@ def draw(tables: dict[str, np.ndarray], ends: dict[str, dict]) -> None:
                  title=f"{env}: mean over tasks, 95 % confidence over 10 trials")
         figure.legend(loc="outside right upper", frameon=False)
         figure.savefig(RESULTS / file, dpi=120)
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(16, 4.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     for n in NUMBERS:
-        left.plot(tables[f"grid-em-n{n}"]["global_step"], tables[f"grid-em-n{n}"]["max_return"], label=f"n = {n}")
+        em, drawn = tables[f"grid-em-n{n}"], tables[f"grid-random-clusters-n{n}"]
+        left.plot(em["global_step"], em["max_return"], label=f"n = {n}")
+        middle.plot(em["global_step"], em["max_return"] - drawn["max_return"], label=f"n = {n}")
     for k, (method, column) in enumerate((m, c) for m in ("em", "random-clusters") for c in ("mean", "max")):
         right.bar(np.array(NUMBERS) + 0.2 * k - 0.3, [ends[f"grid-{method}-n{n}"][column] for n in NUMBERS], 0.2,
                   label=f"{METHODS[method]}, {'assigned' if column == 'mean' else 'best'} policy")
     left.set(xlabel=STEPS, ylabel="EM, best policy of each task")
-    right.set(xlabel="number of policies", ylabel="return, last 10 % of 200,000 steps")
-    for axis in (left, right):
-        axis.legend(frameon=False, fontsize=8)
+    middle.set(xlabel=STEPS, ylabel="the same above random clusters")
+    right.set(xlabel="number of policies", ylabel="return, last 10 % of 200,000 steps", ylim=(0, 17))
+    for axis in (left, middle, right):
+        axis.legend(frameon=False, fontsize=8, ncols=2)
+        if axis is not right:
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axis.margins(y=0.3)
     figure.savefig(RESULTS / "fig7-12-number-of-policies.png", dpi=120)
 
 
@@ -74,7 +81,8 @@ if __name__ == "__main__":
     ends = {name: {key: table[f"{key}_return"][table["global_step"] > 0.9 * table["global_step"][-1]].mean()
                    for key in ("mean", "max")} for name, table in tables.items()}
     draw(tables, ends)
-    lines = ["| assigned | 10k | 20k | 50k | 100k | 198k | last 10 % | best | separated |", 9 * "|---" + "|"]
+    lines = ["| assigned policy | 10k | 20k | 50k | 100k | 198k | last 10 % | best policies | trials with separate "
+             "corners or sides |", 9 * "|---" + "|"]
     for name, table in tables.items():
         rows = [table[table["global_step"] <= step][-1] for step in (10_000, 20_000, 50_000, 100_000, 198_000)]
         cells = [f"{row['mean_return']:.2f} ± {row['ci95']:.2f}" for row in rows]

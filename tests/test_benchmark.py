@@ -17,7 +17,6 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "benchmark"), str(ROOT)]
 import compare  # noqa: E402
 import run  # noqa: E402
-import speed  # noqa: E402
 import tabular_figures  # noqa: E402
 
 RUNNER = [sys.executable, "benchmark/run.py"]
@@ -54,16 +53,6 @@ def test_an_interval_by_hand():
     assert (low, high) == pytest.approx((1 - 4.3027 * 2**0.5, 1 + 4.3027 * 2**0.5), abs=1e-3)
 
 
-def test_equal_methods_differ_in_one_case_of_twenty_and_more_seeds_find_more():
-    rng, found = np.random.default_rng(0), {}
-    for seeds in (3, 10, 20):
-        low, high = compare.interval(*rng.normal(size=(2, seeds, 2_000)))
-        assert 0.03 < np.mean((low > 0) | (high < 0)) < 0.06
-        low, _ = compare.interval(rng.normal(1, 1, (seeds, 2_000)), rng.normal(0, 1, (seeds, 2_000)))
-        found[seeds] = np.mean(low > 0)                                # a true difference of one deviation
-    assert found[3] < 0.2 and 0.45 < found[10] < 0.65 and found[20] > 0.8
-
-
 @pytest.mark.parametrize("better, worse, said", [
     ([5, 6, 7], [1, 2, 3], "agrees (interval 1.73 to 6.27)"), ([1, 2, 3], [5, 6, 7], "contradicts (interval -6.27 to"),
     ([1, 2, 3], [1, 2, 3.5], "open (interval"), ([4], [1, 2, 3], "one seed (difference 2)"),
@@ -87,14 +76,6 @@ def test_runs_of_other_length_and_number_of_tasks_meet_at_equal_steps_per_traine
     assert "| two | 2 | last quarter | 46.00 ± 2.83 | 46.00" in said                # 1.15 x 40, of 10, 20, 30 and 40
     assert "| two | 2 | whole run | 28.75 ± 1.77 |" in said and (out / "return.png").exists()
     assert "| one | 2 | whole run | 53.75 ± 1.77 [17.39, 32.61] |" in said        # 25 and 4.3027 x 1.7678
-
-
-def test_what_was_misjudged_before_is_judged_at_equal_steps():
-    runs = compare.runs_of("a2c-table2")
-    steps = compare.common_steps(runs)
-    means = {label: compare.curves(own, steps, "return", [])[:, 0].mean() for label, own in runs.items()}
-    assert steps[-1] == 1_000_000 and means["vanilla"] - means["scratch"] == pytest.approx(384, abs=1)
-    assert compare.common_steps(compare.runs_of("a2c-table1"))[-1] == 5_000_000        # two-task and one-task runs
 
 
 # --- run.py ----------------------------------------------------------------------------------------------------------
@@ -159,9 +140,3 @@ def test_a_run_that_others_start_from_is_made_first(runner, tmp_path):
     about = json.loads((tmp_path / "runs" / "second" / "own-s1" / "run" / "args.json").read_text())
     assert about["args"]["source"] == str(tmp_path.resolve() / "runs" / "first" / "slow-s1" / "run")
     assert (tmp_path / "benchmark" / "results" / "first" / "slow-s1.csv").exists()
-
-
-@pytest.mark.parametrize("num_tasks, stacked", [(1, False), (2, True)])
-def test_the_measured_updates_run(monkeypatch, num_tasks, stacked):
-    monkeypatch.setattr(speed, "cpu_ms", lambda function, times=1: function() or 4.0)
-    assert speed.our_sac(num_tasks, stacked) == [4.0 / num_tasks]
