@@ -106,9 +106,8 @@ class Args:
 
     horizon: Annotated[int, Field(ge=1, le=500)] | None = None  # steps after which an episode is cut off
     num_goals: Annotated[int, Field(ge=1, le=50)] = 50  # goals per task, drawn by the seed; episodes take them in turns
+    # matrices at the start: rotations, variance 1 / width, the plain network; with film diagonal: signs, N(0, 1), ones
     m_init: Literal["orthogonal", "gaussian", "identity"] | None = None
-    """how matrices start: random rotations (dgrad-a), entries of variance 1 / width, the plain network (film); for film
-    the diagonal kinds of these: random signs, N(0, 1), ones"""
     task_net_hidden: Positive | None = None   # units of a network from the one-hot to matrices; None: a table
     watch_every: Positive = 10                # updates between measurements of gradients, which change nothing
     update_every: Positive = 1                # steps of every environment per update

@@ -110,6 +110,7 @@ class Args:
     resume: Path | None = None                # run folder to go on from, with its settings and flags given on top
     evaluate: Path | None = None              # run folder to load and evaluate; trains nothing
     capture_video: bool = False               # with --evaluate: an animated picture of each task
+
     num_policies: Positive | None = None      # paper: n; only em
     m_step_size: Positive | None = None       # training steps per policy and M-step, paper: T_M; only em
     eval_steps: Positive | None = None        # em: steps per policy and game in an E-step, and the rest of an episode

@@ -113,9 +113,9 @@ Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]                 # --no-co
 class Args:
     # four goals for a point mass; eight half-cheetahs with other body parts; four or ten tasks of Meta-World
     env: Literal["goals", "halfcheetah", "mt4", "mt10"] = "goals"
+    # policy correction; SAC on batches of all tasks; the same with heads; a SAC per task; mtsac with gradient surgery;
+    # with modules that a routing network mixes; with a teacher per task
     method: Literal["picor", "mtsac", "mtmhsac", "independent", "g-surgery", "soft-modules", "ktm"] = "picor"
-    """policy correction; SAC on batches of all tasks, told the task by a one-hot; the same with a head per task; a SAC
-    per task; mtsac with gradient surgery; with modules that a routing network mixes; with a teacher per task"""
     tasks: tuple[str, ...] = ()               # a subset of the family's tasks; none takes all of them
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1  # seeds every generator
     total_timesteps: Positive | None = None   # environment steps, summed over tasks
@@ -130,9 +130,7 @@ class Args:
     capture_video: bool = False               # with --evaluate: an animated picture of each task
 
     no_correction: Switch = False             # picor without phase 2, the paper's "Cor": SAC in blocks of one task
-    no_adaptive_weights: Switch = False
-    """picor with weights 1 / N, without the paper's "Ada", which takes them from the temperatures. Without correction,
-    they scale the loss of the active task's policy"""
+    no_adaptive_weights: Switch = False       # weights 1 / N, without the paper's "Ada": from the temperatures
     critic_batch: Literal["all", "active"] | None = None  # tasks that picor's critic learns from (all)
     correction_steps: Positive | None = None  # most steps of a correction; it ends as soon as the hinge is 0 (5)
     correction_states: Positive | None = None  # states per task on which advantages are estimated (32)
