@@ -93,48 +93,43 @@ class Tasks(NamedTuple):
     """Tasks with the same states, actions and start, which differ in reward and goal."""
 
     names: list[str]
-    moves: list[list[list[tuple]]]                                     # [task][state][action]: next, reward, terminal
+    moves: list[list[int]]                                             # [state][action]: the next state
+    rewards: list[list[float]]                                         # [task][state]: of entering it
+    goal: list[int]                                                    # [task]: the state that ends an episode
     start: int
     eval_cap: int                                                      # steps of an evaluation episode; 50 in training
-    goal: list[int]                                                    # [task]: the state that ends an episode
     group: list[int]                                                   # [task]: corner or side, the clusters hoped for
     optimum: float                                                     # return of the shortest paths, mean over tasks
     width: int                                                         # states in a row of a picture
 
 
 def grid_tasks() -> Tasks:
-    """7 x 7 cells, start in the middle, actions +x, +y, -x, -y; three goals in each corner (paper, Sec. 5.1)."""
-    def step(goal: tuple[int, int], state: int, action: int) -> tuple[int, float, bool]:
-        """Reward 1 / distance to the goal, 10 in the goal; a move off the grid stays in the cell and is paid again."""
-        dx, dy = ((1, 0), (0, 1), (-1, 0), (0, -1))[action]
-        x, y = min(max(state % 7 + dx, 0), 6), min(max(state // 7 + dy, 0), 6)
-        terminal = (x, y) == goal
-        return x + 7 * y, 10.0 if terminal else 1 / math.dist((x, y), goal), terminal
+    """7 x 7 cells, start in the middle, actions +x, +y, -x, -y; three goals in each corner (paper, Sec. 5.1).
 
+    Reward 1 / distance to the goal, 10 in the goal; a move off the grid stays in the cell and is paid again.
+    """
+    cells = [(state % 7, state // 7) for state in range(49)]
+    moves = [[min(max(x + dx, 0), 6) + 7 * min(max(y + dy, 0), 6) for dx, dy in ((1, 0), (0, 1), (-1, 0), (0, -1))]
+             for x, y in cells]
     goals = [(0, 0), (1, 0), (0, 1), (0, 6), (1, 6), (0, 5), (6, 6), (5, 6), (6, 5), (6, 0), (5, 0), (6, 1)]
-    moves = [[[step(goal, state, action) for action in range(4)] for state in range(49)] for goal in goals]
-    return Tasks([f"goal{x}{y}" for x, y in goals], moves, start=24, eval_cap=7, goal=[x + 7 * y for x, y in goals],
+    rewards = [[10.0 if cell == goal else 1 / math.dist(cell, goal) for cell in cells] for goal in goals]
+    return Tasks([f"goal{x}{y}" for x, y in goals], moves, rewards, [x + 7 * y for x, y in goals], start=24, eval_cap=7,
                  group=[task // 3 for task in range(12)], optimum=12.600, width=7)
 
 
 def chain_tasks(as_printed: bool = False) -> Tasks:
     """51 states in a row, start in the middle, actions left and right; goal at either end (paper, Sec. 5.1)."""
-    def step(goal: int, period: int | None, state: int, action: int) -> tuple[int, float, bool]:
-        """Reward 20 in the goal, 1 / distance to it in every f-th state."""
-        state, reward = min(max(state + (-1, 1)[action], 0), 50), 0.0
-        if state == goal:
-            reward = 20.0
-        elif period and state % period == 0:
-            reward = 1 / abs(goal - state)
-        if not as_printed:                                             # two rules that only the authors' code has
-            wrong_side = state < 25 if goal == 50 else state > 25
-            reward = (-reward if wrong_side else reward) - 0.1
-        return state, reward, state == goal
+    def reward(goal: int, period: int | None, state: int) -> float:
+        """20 in the goal, 1 / distance to it in every f-th state; in the authors' code, two rules more."""
+        value = 20.0 if state == goal else 1 / abs(goal - state) if period and state % period == 0 else 0.0
+        wrong_side = state < 25 if goal == 50 else state > 25
+        return value if as_printed else (-value if wrong_side else value) - 0.1
 
     kinds = [(goal, period) for period in (16, None, 2, 4, 8) for goal in (50, 0)]
     names = [("right-" if goal else "left-") + (f"every{period}" if period else "goal") for goal, period in kinds]
-    moves = [[[step(*kind, state, action) for action in range(2)] for state in range(51)] for kind in kinds]
-    return Tasks(names, moves, start=25, eval_cap=50, goal=[50, 0] * 5, group=[50, 0] * 5,
+    rewards = [[reward(*kind, state) for state in range(51)] for kind in kinds]
+    moves = [[max(state - 1, 0), min(state + 1, 50)] for state in range(51)]
+    return Tasks(names, moves, rewards, [50, 0] * 5, start=25, eval_cap=50, group=[50, 0] * 5,
                  optimum=20.616 if as_printed else 18.116, width=51)
 
 
@@ -153,7 +148,7 @@ class Trial:
     def __init__(self, args: Args, tasks: Tasks, number: int):
         self.args, self.tasks, self.rng = args, tasks, random.Random(f"trial {number} of seed {args.seed}")
         n, num_tasks = args.num_policies, len(tasks.names)
-        self.q = [[[0.0] * len(actions) for actions in tasks.moves[0]] for _ in range(n)]     # [policy][state][action]
+        self.q = [[[0.0] * len(actions) for actions in tasks.moves] for _ in range(n)]     # [policy][state][action]
         self.steps = [0] * n                                           # [policy]: training steps so far
         self.assignment = [task % n for task in range(num_tasks)]      # [task]: its policy; sp and ppt keep it
         self.history = []                                              # of E-steps: (global_step, assignment, G)
@@ -170,9 +165,9 @@ class Trial:
         for _ in range(episodes):
             state = tasks.start
             for _ in range(tasks.eval_cap):
-                state, reward, terminal = tasks.moves[task][state][greedy(q[state], rng)]
-                total_return += reward
-                if terminal:
+                state = tasks.moves[state][greedy(q[state], rng)]
+                total_return += tasks.rewards[task][state]
+                if state == tasks.goal[task]:
                     successes += 1
                     break
         return total_return / episodes, successes / episodes
@@ -197,14 +192,15 @@ class Trial:
         end = step + args.m_step_size
         while step < end:
             task, state = rng.choice(own), tasks.start
+            goal, rewards = tasks.goal[task], tasks.rewards[task]
             for _ in range(50):
                 explore = rng.random() < args.epsilon * (1 - 1e-6) ** step
                 action = rng.randrange(len(q[state])) if explore else greedy(q[state], rng)
-                next_state, reward, terminal = tasks.moves[task][state][action]
-                next_value = 0.0 if terminal and args.mask_terminals else max(q[next_state])
-                q[state][action] += args.lr * (reward + args.gamma * next_value - q[state][action])
+                next_state = tasks.moves[state][action]
+                next_value = 0.0 if next_state == goal and args.mask_terminals else max(q[next_state])
+                q[state][action] += args.lr * (rewards[next_state] + args.gamma * next_value - q[state][action])
                 step, state = step + 1, next_state
-                if terminal:
+                if state == goal:
                     break
         self.steps[policy] = step
 
@@ -319,13 +315,13 @@ def plot_assignment(trial: Trial, path: Path) -> None:
 def plot_policies(trial: Trial, path: Path) -> None:
     """Greedy moves of each policy where it has learnt something, and the goals of its tasks."""
     tasks, n = trial.tasks, len(trial.q)
-    y, x = divmod(np.arange(len(tasks.moves[0])), tasks.width)         # of each state
+    y, x = divmod(np.arange(len(tasks.moves)), tasks.width)            # of each state
     shape, size = ((1, n), (3 * n, 3)) if y.any() else ((n, 1), (11, n))
     figure = Figure(figsize=size, layout="constrained")
     for policy, axis in enumerate(figure.subplots(*shape, squeeze=False).flat):
         q, goals = np.array(trial.q[policy]), [tasks.goal[task] for task in trial.tasks_of(policy)]
         state, action = np.nonzero((q == q.max(1, keepdims=True)) & q.any(1, keepdims=True))
-        after = np.array(tasks.moves[0])[state, action, 0].astype(int)
+        after = np.array(tasks.moves)[state, action]
         axis.quiver(x[state], y[state], x[after] - x[state], y[after] - y[state], pivot="mid", angles="xy",
                     scale_units="xy", scale=2)
         axis.plot(x[goals], y[goals], "*", color="tab:green", markersize=12)

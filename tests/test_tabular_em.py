@@ -15,28 +15,27 @@ def trial(env="grid", number=0, **settings):
 
 
 def test_moves_and_rewards():
-    grid, tasks, coded, printed = em.grid_tasks(), em.chain_tasks(), em.chain_tasks().moves, em.chain_tasks(True).moves
+    grid, chain, coded, printed = em.grid_tasks(), em.chain_tasks(), em.chain_tasks().rewards, em.chain_tasks(True).rewards
     assert grid.goal == [0, 1, 7, 42, 43, 35, 48, 47, 41, 6, 5, 13] and grid.start == 24   # x + 7 y
-    assert [move[0] for move in grid.moves[0][24]] == [25, 31, 23, 17]                     # +x, +y, -x, -y
-    assert [move[0] for move in grid.moves[6][0]] == [1, 7, 0, 0]                          # stays in the corner ...
-    assert grid.moves[6][0][2] == (0, pytest.approx(1 / np.sqrt(72)), False)               # ... and is paid for it
-    assert grid.moves[0][1][2] == (0, 10.0, True) and grid.moves[1][2][1] == (9, pytest.approx(1 / np.sqrt(2)), False)
-    assert tasks.names[:4] == ["right-every16", "left-every16", "right-goal", "left-goal"] and tasks.start == 25
-    assert coded[0][0] == [(0, pytest.approx(-0.02 - 0.1), False), (1, -0.1, False)]       # 1 / 50 on the wrong side
-    assert coded[0][49][1] == (50, 19.9, True) and printed[0][49][1] == (50, 20.0, True)
-    assert coded[0][47][1] == (48, pytest.approx(0.4), False) and printed[0][47][1] == (48, 0.5, False)
-    assert coded[1][47][1][1] == pytest.approx(-1 / 48 - 0.1) and printed[1][47][1][1] == pytest.approx(1 / 48)
-    assert {move[1] for state in coded[2][:49] for move in state} == {-0.1}                # only the goal pays
+    assert grid.moves[24] == [25, 31, 23, 17] and grid.moves[0] == [1, 7, 0, 0]            # +x, +y, -x, -y, or stay
+    assert grid.rewards[6][0] == pytest.approx(1 / np.sqrt(72)) and grid.rewards[0][0] == 10
+    assert grid.rewards[1][9] == pytest.approx(1 / np.sqrt(2)) and {len(rewards) for rewards in grid.rewards} == {49}
+    assert chain.names[:4] == ["right-every16", "left-every16", "right-goal", "left-goal"] and chain.start == 25
+    assert chain.moves[0] == [0, 1] and chain.moves[25] == [24, 26] and chain.moves[50] == [49, 50]
+    assert coded[0][0] == pytest.approx(-0.02 - 0.1) and coded[0][1] == -0.1               # 1 / 50 on the wrong side
+    assert coded[0][50] == 19.9 and printed[0][50] == 20 and chain.goal == [50, 0] * 5
+    assert coded[0][48] == pytest.approx(0.4) and printed[0][48] == 0.5
+    assert coded[1][48] == pytest.approx(-1 / 48 - 0.1) and printed[1][48] == pytest.approx(1 / 48)
+    assert set(coded[2][:50]) == {-0.1}                                # only the goal pays
 
 
 @pytest.mark.parametrize("tasks", [em.grid_tasks(), em.chain_tasks(), em.chain_tasks(as_printed=True)])
 def test_optimum_is_the_best_of_all_shortest_paths(tasks):
-    best = []
-    for moves in tasks.moves:
-        after, reward, terminal = np.moveaxis(np.array(moves), -1, 0)  # (S, A)
-        values = np.full(len(moves), -np.inf)                          # best return on the way into the goal
+    best, after = [], np.array(tasks.moves)                            # (S, A)
+    for rewards, goal in zip(np.array(tasks.rewards), tasks.goal):
+        values = np.full(len(after), -np.inf)                          # best return on the way into the goal
         while values[tasks.start] == -np.inf:
-            values = np.where(terminal, reward, reward + values[after.astype(int)]).max(1)
+            values = np.where(after == goal, rewards[after], rewards[after] + values[after]).max(1)
         best.append(values[tasks.start])
     assert np.mean(best) == pytest.approx(tasks.optimum, abs=5e-4)
 
@@ -93,11 +92,12 @@ def test_m_step_is_q_learning_on_own_tasks(env, mask):
             explores = rng.random() < 0.8 * np.exp((700_000 + step) * np.log(1 - 1e-6))    # 0.4: the decay shows
             ties = np.flatnonzero(table[state] == table[state].max()).tolist()
             action = rng.randrange(table.shape[1]) if explores else ties[0] if len(ties) == 1 else rng.choice(ties)
-            after, reward, terminal = one.tasks.moves[task][state][action]
-            bootstrap = 0 if mask and terminal else table[after].max()
-            table[state, action] = 0.8 * table[state, action] + 0.2 * (reward + 0.9 * bootstrap)
+            after, goal = one.tasks.moves[state][action], one.tasks.goal[task]
+            bootstrap = 0 if mask and after == goal else table[after].max()
+            target = one.tasks.rewards[task][after] + 0.9 * bootstrap
+            table[state, action] = 0.8 * table[state, action] + 0.2 * target
             state, step = after, step + 1
-            if terminal:
+            if after == goal:
                 break
     assert np.allclose(one.q[0], table) and one.steps == [700_000 + step, 0] and not np.any(one.q[1])
 
