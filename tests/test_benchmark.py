@@ -17,7 +17,6 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "benchmark"), str(ROOT)]
 import compare  # noqa: E402
 import run  # noqa: E402
-import tabular_figures  # noqa: E402
 
 RUNNER = [sys.executable, "benchmark/run.py"]
 METHODS = {name: entry["methods"] for name, entry in run.FIGURES.items() if "methods" in entry}
@@ -43,16 +42,7 @@ def test_commands_on_pages_parse():
                                   for program, flags in found)
 
 
-def test_the_settings_of_tables_exist():
-    assert all(__import__("tabular_em").Args(**settings) for settings in tabular_figures.RUNS.values())
-
-
 # --- compare.py ------------------------------------------------------------------------------------------------------
-def test_an_interval_by_hand():
-    low, high = compare.interval(np.array([1.0, 3.0]), np.array([0.0, 2.0]))     # 2 degrees of freedom: t = 4.3027
-    assert (low, high) == pytest.approx((1 - 4.3027 * 2**0.5, 1 + 4.3027 * 2**0.5), abs=1e-3)
-
-
 @pytest.mark.parametrize("better, worse, said", [
     ([5, 6, 7], [1, 2, 3], "agrees (interval 1.73 to 6.27)"), ([1, 2, 3], [5, 6, 7], "contradicts (interval -6.27 to"),
     ([1, 2, 3], [1, 2, 3.5], "open (interval"), ([4], [1, 2, 3], "one seed (difference 2)"),

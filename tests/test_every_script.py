@@ -45,7 +45,7 @@ ONLY_FOR = {("qmp_sac", "qmp-domain"): "--env reacher --tasks 0 1 3",      # wha
             ("picor_sac", "soft-modules"): "--update-every 20", ("picor_sac", "ktm"): "--offline-updates 50"}
 WITHOUT = {"em_clustering_td3": ("--num-policies 2 ", "--m-step-size 600 --e-step-episodes 2 "), "iqn_em_atari": ("--m-step-size 80 ", "--eval-steps 1 "),
            "picor_sac": ("--correction-states 8 ", "--weight-warmup 2", "--block-steps 30 ")}     # the first method's own flags
-every_script = pytest.mark.parametrize("script", QUICK)
+every_script, MADE = pytest.mark.parametrize("script", QUICK), {}       # MADE: runs that tests share
 
 
 @pytest.fixture(scope="session")
@@ -67,19 +67,14 @@ def run(request):
     return start
 
 
-@pytest.fixture(scope="session")
-def made():
-    return {}
-
-
 @pytest.fixture
-def straight(run, made, tmp_path_factory):
+def straight(run, tmp_path_factory):
     """An uninterrupted quick run of a script, made when first asked for."""
     def get(script: str) -> Path:
-        if script not in made:
+        if script not in MADE:
             folder = tmp_path_factory.mktemp("straight runs")
-            made[script] = run(script, f"--runs-dir {shlex.quote(str(folder))}")
-        return made[script]
+            MADE[script] = run(script, f"--runs-dir {shlex.quote(str(folder))}")
+        return MADE[script]
     return get
 
 
@@ -124,7 +119,8 @@ def test_alone_in_an_empty_folder(script, straight, tmp_path, request):
     assert any(path.name.startswith("events") for path in folder.iterdir())
 
 
-OWN = {"seconds", "commands"}                              # what differs between checkpoints of equal runs
+OWN = {"seconds", "commands"}                              # what differs between checkpoints of equal runs,
+FRESH = {"rng", "torch_rng"}                               # and where first observations of fresh episodes are drawn
 
 
 # --- stop and go on --------------------------------------------------------------------------------------------------
@@ -186,9 +182,6 @@ def test_resuming_restores_all_that_was_saved(script, run, straight, tmp_path, m
     assert before.keys() == after.keys()
     for key in before.keys() - OWN - drawn_anew:
         assert same(before[key], after[key]), key
-
-
-FRESH = {"rng", "torch_rng"}                               # first observations of fresh episodes are drawn from them
 
 
 def test_one_process_per_run_and_whole_checkpoints(run, straight, tmp_path, monkeypatch):
@@ -284,7 +277,7 @@ BAD_FOR = {
                           "--buffer-size 100000000000 --total-timesteps 1000000000000": "--buffer-size"},
     "iqn_em_atari": {"--preset laptop --games MsPacMen": "MsPacman", "--method ppt --num-policies 4": "--num-policies",
                      "--buffer-size 1000000000 --total-timesteps 1000000000000": "--buffer-size"},
-    "qmp_sac": {"--tasks 0 10": "tasks", "--kl-weight 1": "--kl-weight", "--env maze --method qmp-domain": "reacher",
+    "qmp_sac": {"--tasks 0 10": "tasks", "--capture-video": "--evaluate", "--kl-weight 1": "--kl-weight", "--env maze --method qmp-domain": "reacher",
                 "--buffer-size 100000000000 --total-timesteps 1000000000000": "--buffer-size"},
     "pcgrad_sac": {"--tasks reach-v3": "tasks", "--tasks reach": "--tasks", "--method sac --heads": "--heads",
                    "--buffer-size 100000000000 --total-timesteps 1000000000000": "--buffer-size"},

@@ -11,9 +11,8 @@ def make(method="separated", tasks=(0, 1, 2), **settings):
     args = qmp.Args(method=method, tasks=tasks, hidden_size=8, device="cpu", **settings)
     torch.manual_seed(0)
     agent = qmp.make_agent(args, 4, 2)
-    lr = args.lr
-    return args, agent, {"actor": torch.optim.Adam(agent.actor.parameters(), lr), "critic": torch.optim.Adam(
-        agent.critic.parameters(), lr), "alpha": torch.optim.Adam([agent.log_alpha], lr)}
+    params = {"actor": agent.actor.parameters(), "critic": agent.critic.parameters(), "alpha": [agent.log_alpha]}
+    return args, agent, {name: torch.optim.Adam(group, args.lr) for name, group in params.items()}
 
 
 def deterministic(agent, means):
