@@ -66,7 +66,8 @@ VARIANTS = tuple(size + part for part in PARTS for size in ("Small", "Big"))
 PAPER = ("SmallFoot", "BigFoot", "SmallLeg", "SmallThigh", "SmallTorso", "BigTorso")
 HORIZON, GOOD_RETURN, LOG_EVERY = 1_000, 1_000, 20_000        # steps; a success; environment steps between writes
 STEPS = "environment steps, summed over tasks"
-FIXED = {"method", "tasks", "seed", "finetune_from", "source_task", "finetune_layers", "log_std", "hidden_size"}
+FIXED = {"method", "tasks", "seed", "finetune_from", "source_task", "finetune_layers", "log_std", "num_envs",
+         "hidden_size"}                                       # of a run that goes on
 PRESETS = {"vanilla": 1_000_000, "scratch": 3_000_000, "finetune": 1_000_000}         # steps per task
 TABLE_2 = {"paper, scratch 3M": dict(zip(PAPER, (1326.30, 37.80, 1420.77, 1444.21, 2116.10, 1312.50))),
            "paper, vanilla 1M": dict(zip(PAPER, (1480.89, 2188.11, 1525.09, 1874.04, 2276.11, 1428.97)))}
