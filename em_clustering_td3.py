@@ -222,23 +222,21 @@ class WalkerEnv(bipedal_walker.BipedalWalker):
 
     def _generate_terrain(self, hardcore):
         """Level ground; stumps as wide as a terrain step from x = 9.33 on, which "flat" has too, 2 to 12 cm high."""
-        step, ground = bipedal_walker.TERRAIN_STEP, bipedal_walker.TERRAIN_HEIGHT
-        self.terrain_x = [i * step for i in range(bipedal_walker.TERRAIN_LENGTH)]
-        self.terrain_y, self.terrain_poly = [ground] * len(self.terrain_x), []
-        left = bipedal_walker.TERRAIN_STARTPAD * step
-        while self.event.stumps and left < bipedal_walker.TERRAIN_LENGTH * step:
+        step, ground, length = bipedal_walker.TERRAIN_STEP, bipedal_walker.TERRAIN_HEIGHT, bipedal_walker.TERRAIN_LENGTH
+        left, bodies = bipedal_walker.TERRAIN_STARTPAD * step, []
+        while self.event.stumps and left < length * step:
             hurdle = self.event.stumps == "hurdles"           # 1 m high
             top = ground + (1.0 if hurdle else step * max(0.05, self.np_random.normal(self.event.stump_height, 0.1)))
-            self.fd_polygon.shape.vertices = [(left, ground), (left + step, ground), (left + step, top), (left, top)]
-            self.terrain.append(self.world.CreateStaticBody(fixtures=self.fd_polygon))
-            self.terrain[-1].color1, self.terrain[-1].color2 = (255, 255, 255), (153, 153, 153)
+            bodies.append((self.fd_polygon, [(left, ground), (left + step, ground), (left + step, top), (left, top)]))
             left += step * self.np_random.integers(5, 10, 2).sum() if hurdle else float(self.event.stumps) + step
-        for i, (x, after) in enumerate(zip(self.terrain_x[:-1], self.terrain_x[1:])):
-            self.fd_edge.shape.vertices = [(x, ground), (after, ground)]
-            self.terrain.append(self.world.CreateStaticBody(fixtures=self.fd_edge))
-            self.terrain[-1].color1 = self.terrain[-1].color2 = (76, 204 if i % 2 else 255, 76)
-            self.terrain_poly.append(([(x, ground), (after, ground), (after, 0), (x, 0)], (102, 153, 76)))
-        self.terrain.reverse()
+        bodies += [(self.fd_edge, [(i * step, ground), ((i + 1) * step, ground)]) for i in range(length - 1)]
+        for fixture, corners in bodies:
+            fixture.shape.vertices = corners
+            body = self.world.CreateStaticBody(fixtures=fixture)
+            body.color1 = body.color2 = (153, 153, 153)
+            self.terrain.append(body)
+        end = (length - 1) * step
+        self.terrain_poly = [([(0, ground), (end, ground), (end, 0), (0, 0)], (102, 153, 76))]
 
 
 def make_env(args: Args, name: str) -> PendulumEnv | WalkerEnv:
@@ -253,15 +251,15 @@ class Episode:
     """An episode in progress, in an environment of its own: last observation, return and length so far."""
 
     def __init__(self, args: Args, task: int, seed: int, horizon: int):
-        self.task, self.horizon, self.env = task, horizon, make_env(args, args.tasks[task])
+        self.args, self.task, self.horizon, self.env = args, task, horizon, make_env(args, args.tasks[task])
         self.obs, self.total, self.length, self.over = self.env.reset(seed=int(seed))[0], 0.0, 0, False
 
     def step(self, action: np.ndarray) -> tuple[float, bool]:
-        """Reward and termination, of which the time limit is none."""
+        """Reward and termination, of which the time limit is none unless asked for."""
         self.obs, reward, terminated, _, info = self.env.step(action)
         self.total, self.length, self.success = self.total + reward, self.length + 1, info["success"]
         self.over = terminated or self.length == self.horizon
-        return reward, terminated
+        return reward, self.over if self.args.timeout_is_terminal else terminated
 
 
 # --- Networks --------------------------------------------------------------------------------------------------------
@@ -281,10 +279,9 @@ class PolicyMLP(nn.Module):
             self.params.extend([weight, torch.zeros(len(weight), 1, n_out)])
 
     def unshared(self) -> list[Tensor]:
-        """Its parameters, with a copy of shared ones for each policy: each one's gradient then arrives by itself."""
-        copies, num_policies = self.stack
-        return [param if len(param) == copies * num_policies else
-                param.detach().repeat_interleave(num_policies, dim=0).requires_grad_() for param in self.params]
+        """Copies of its parameters, shared ones once for each policy: gradients then arrive policy by policy."""
+        return [param.detach().repeat_interleave(math.prod(self.stack) // len(param), dim=0).requires_grad_()
+                for param in self.params]
 
     def forward(self, x: Tensor, params: list[Tensor] | None = None) -> Tensor:
         """(R, B, in) -> (C, R, B, out): row i through the networks of policy i, with other parameters if given."""
@@ -393,7 +390,7 @@ def td3_update(args: Args, agent: TD3, optimizers: dict, batch: list[Tensor], up
         target = rewards + args.gamma * (1 - terminations) * next_q
     params = agent.critic.unshared()
     losses = {"critic": (agent.q(agent.critic, obs, actions, params) - target).square().mean(-1).sum(0)}
-    apply_gradients(args, optimizers["critic"], agent.critic, torch.autograd.grad(losses["critic"].sum(), params), rng)
+    apply_gradients(args, optimizers["critic"], agent.critic, losses["critic"], params, rng)
 
     if update_policies:
         params, first_twin = agent.actor.unshared(), [param[:len(param) // 2] for param in agent.critic.params]
@@ -402,34 +399,32 @@ def td3_update(args: Args, agent: TD3, optimizers: dict, batch: list[Tensor], up
         losses["actor"] = (-agent.q(agent.critic, obs, pi, first_twin)[0].mean(1)
                            + args.action_penalty * pi.square().mean((1, 2))
                            + args.preactivation_penalty * before_tanh.square().mean((1, 2)))
-        apply_gradients(args, optimizers["actor"], agent.actor, torch.autograd.grad(losses["actor"].sum(), params), rng)
+        apply_gradients(args, optimizers["actor"], agent.actor, losses["actor"], params, rng)
         with torch.no_grad():
             for target, online in ((agent.actor_target, agent.actor), (agent.critic_target, agent.critic)):
                 torch._foreach_lerp_(list(target.params), list(online.params), args.tau)
     return {name: loss.detach() for name, loss in losses.items()}
 
 
-def apply_gradients(args: Args, optimizer: torch.optim.Optimizer, net: PolicyMLP, grads: list[Tensor],
+def apply_gradients(args: Args, optimizer: torch.optim.Optimizer, net: PolicyMLP, losses: Tensor, params: list[Tensor],
                     rng: np.random.Generator) -> None:
-    """One step of Adam with the policies' gradients, clipped; `rng` draws the order of gradient surgery.
+    """One step of Adam on each policy's loss, (R,), which depends on `params`, what `net.unshared` gave.
 
-    Where tasks share a layer, it gets the mean of their gradients, in surgery after projection, of each twin by itself.
-
-    Args:
-        grads: of the parameters that `net.unshared` gave, (C * R, in, out) each.
+    Where tasks share a layer, it gets the mean of their gradients: in surgery after projection, of each twin by itself,
+    partners in an order that `rng` draws. Then gradients are clipped, tensor by tensor.
     """
-    (copies, num_policies), shared = net.stack, [i for i, param in enumerate(net.params) if len(param) < len(grads[i])]
+    grads = torch.autograd.grad(losses.sum(), params)                                  # (C * R, in, out) each
+    shared = [grad.unflatten(0, net.stack) for grad, param in zip(grads, net.params) if len(grad) > len(param)]
+    for c in range(net.stack[0]) if args.method == "surgery" and shared else ():
+        by_task = torch.cat([grad[c].flatten(1) for grad in shared], dim=1)            # (T, P)
+        projected = project_conflicts(by_task, draw_visit_order(len(by_task), rng))
+        for grad, part in zip(shared, projected.split([grad[c, 0].numel() for grad in shared], dim=1)):
+            grad[c] = part.view_as(grad[c])                                            # of `grads`, too
     for param, grad in zip(net.params, grads):
-        param.grad = grad if len(param) == len(grad) else grad.unflatten(0, net.stack).mean(1)
-    if args.method == "surgery" and shared:
-        task_grads = torch.cat([grads[i].unflatten(0, net.stack).flatten(2) for i in shared], -1)      # (C, T, P)
-        for c in range(copies):
-            projected = project_conflicts(task_grads[c], draw_visit_order(num_policies, rng))          # (T, P)
-            for i, part in zip(shared, projected.mean(0).split([net.params[i][c].numel() for i in shared])):
-                net.params[i].grad[c] = part.view_as(net.params[i][c])
-    for param in net.params if args.max_grad_norm else ():
-        norm = torch.linalg.vector_norm(param.grad, dim=(1, 2), keepdim=True)
-        param.grad *= (args.max_grad_norm / norm.clamp(min=1e-12)).clamp(max=1.0)
+        param.grad = grad if len(grad) == len(param) else grad.unflatten(0, net.stack).mean(1)
+        if args.max_grad_norm:
+            norm = torch.linalg.vector_norm(param.grad, dim=(1, 2), keepdim=True)
+            param.grad *= (args.max_grad_norm / norm.clamp(min=1e-12)).clamp(max=1.0)
     optimizer.step()
 
 
@@ -539,10 +534,9 @@ def train(args: Args) -> Path:
         report(args, agent, assignment, evaluate(args, agent, assignment)[0], args.evaluate)
         return args.evaluate
     buffer = PolicyReplay(n, min(args.buffer_size, -(-args.total_timesteps // n)), *agent.sizes, args.device)
-    run, global_step, episodes = Run(args, args.env, args.tasks, state), 0, []
-    e_steps = {}                                                       # at global_step: assignment, its returns, steps
+    run, global_step, episodes = Run(args, args.env, args.tasks, state), state.get("global_step", 0), []
+    e_steps = state.get("e_steps", {})                                 # at global_step: assignment, its returns, steps
     if args.resume:
-        global_step, e_steps = state["global_step"], state["e_steps"]
         for name, optimizer in optimizers.items():                     # with --lr as it is now
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizers"][name]})
         buffer.num_added = state["num_added"]
@@ -561,16 +555,15 @@ def train(args: Args) -> Path:
             agent=agent.state_dict(), optimizers={name: opt.state_dict()["state"] for name, opt in optimizers.items()},
             assignment=assignment.tolist(), e_steps=e_steps, num_added=buffer.num_added,
             buffer=buffer.data[:, :len(buffer)].clone(), rng=json.dumps(rng.bit_generator.state),
-            torch_rng=torch.get_rng_state(), episodes=[] if args.env != "pendulum" else [
-                (e.task, e.total, e.length, *map(float, e.env.state)) for e in episodes]))
+            torch_rng=torch.get_rng_state(), episodes=[(e.task, e.total, e.length, *map(float, e.env.state))
+                                                       for e in episodes if args.env == "pendulum"]))
 
     def begin(policy: int) -> Episode:
         """A training episode, in a task drawn from the policy's own."""
         task = int(rng.choice(clusters(assignment, n)[policy]))
         return Episode(args, task, rng.integers(2**31), HORIZON[args.env])
 
-    if not args.resume:
-        save()                                                         # from here on a killed run can be resumed
+    save()                                                             # from here on a killed run can be resumed
     while True:
         # E-step: every policy is tried on every task, each task goes to the best -----------------------------
         if args.method == "em" and global_step // n % args.m_step_size == 0 and global_step not in e_steps:
@@ -595,13 +588,10 @@ def train(args: Args) -> Path:
         if not np.isfinite(actions).all():                             # a walker's simulator would not survive it
             sys.exit(f"actions are not finite at step {global_step:,}; a smaller --lr is the usual remedy")
         rewards, terminations = np.array([episode.step(action) for episode, action in zip(episodes, actions)]).T
-        if args.timeout_is_terminal:
-            terminations = np.array([episode.over for episode in episodes])
         buffer.add(obs, actions, rewards, np.stack([episode.obs for episode in episodes]), terminations)
-        previous_step, global_step = global_step, global_step + n
+        global_step += n
         for policy, episode in enumerate(episodes):
             if episode.over:
-                run.log("charts", {"episodic_return": episode.total})
                 run.log(f"tasks/{args.tasks[episode.task]}", {
                     "episodic_return": episode.total, "episodic_length": episode.length, "success": episode.success})
                 episodes[policy] = begin(policy)
@@ -613,9 +603,9 @@ def train(args: Args) -> Path:
             for name, loss in td3_update(args, agent, optimizers, batch, update_policies, rng).items():
                 losses = loss.cpu().numpy()                            # (n,)
                 run.log("losses", {name: losses.mean()} | {f"policy{i}/{name}": x for i, x in enumerate(losses)})
-        if crossed(previous_step, global_step, LOG_EVERY):
+        if crossed(global_step - n, global_step, LOG_EVERY):
             run.write(global_step)
-        if crossed(previous_step, global_step, args.checkpoint_every):
+        if crossed(global_step - n, global_step, args.checkpoint_every):
             save()
 
     save()

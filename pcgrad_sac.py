@@ -502,14 +502,11 @@ def train(args: Args) -> Path:
     save()                                                             # from here on a killed run can be resumed
     while True:
         # Evaluate: first, so that a run that was stopped during an evaluation makes it up ---------------------
-        if run.due(global_step):
-            result = evaluate(args, act, run.stop.is_set)
-            if result is not None:
-                count = watched.pop("count", 1)
-                means = {key: total / count for key, total in watched.items()}
-                run.log_evaluation(global_step, result, {key: mean for key, mean in means.items() if mean.ndim == 0})
-                history.append((global_step, means))
-                watched = {}
+        if run.due(global_step) and (result := evaluate(args, act, run.stop.is_set)):
+            count = watched.pop("count", 1)
+            means, watched = {key: total / count for key, total in watched.items()}, {}
+            run.log_evaluation(global_step, result, {key: mean for key, mean in means.items() if mean.ndim == 0})
+            history.append((global_step, means))
         if global_step >= args.total_timesteps or run.stop.is_set():
             break
 
