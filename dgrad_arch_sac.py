@@ -463,8 +463,8 @@ def train(args: Args) -> Path:
     counts = [sum(param.numel() for param in net.parameters()) for net in (agent.actor, agent.critic)]
     tqdm.write(f"parameters of {args.method}: policy {counts[0]:,}, each critic {counts[1] // 2:,}")
     if args.resume:
-        for name, optimizer in optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+        for name, optimizer in optimizers.items():                     # with --lr as it is now
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizers"][name]["state"]})
         global_step, history, watched = state["global_step"], state["history"], state["watched"]
         buffer.num_added = state["num_added"]
         buffer.data[:, :len(buffer)] = state["buffer"].to(args.device)

@@ -300,7 +300,7 @@ def train(args: Args) -> Path:
     optimizer = torch.optim.RMSprop(students.parameters(), args.lr, alpha=0.99, eps=1e-5)
     envs = {name: Cheetahs(name, args.num_envs, rng) for name in args.tasks}
     if args.resume:
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]["state"]})  # --lr as it is now
         rng.bit_generator.state = json.loads(state["rng"])
         torch.set_rng_state(state["torch_rng"])
         for env, (steps, *arrays) in zip(envs.values(), state["envs"]):

@@ -327,6 +327,7 @@ class GamePolicy:
         """Undo `state_dict`; the episode that was running has ended."""
         for name in ("online", "target", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
+        self.optimizer.param_groups[0]["lr"] = self.args.lr            # as it is now
         self.steps[:] = state["steps"]
         for game, saved in state["replays"].items():
             replay, rows = self.replays[game], saved.pop("rows").numpy()

@@ -483,8 +483,8 @@ def train(args: Args) -> Path:
                           action_size, args.device)
     run, global_step, history, watched = Run(args, args.env, args.tasks, state), 0, [], {}
     if args.resume:
-        for name, optimizer in optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+        for name, optimizer in optimizers.items():                     # with --lr as it is now
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizers"][name]["state"]})
         global_step, history, watched = state["global_step"], state["history"], state["watched"]
         buffer.num_added = state["num_added"]
         buffer.data[:, :len(buffer)] = state["buffer"].to(args.device)

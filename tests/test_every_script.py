@@ -91,7 +91,7 @@ def checkpoint(folder: Path) -> dict:
 def same(one, other) -> bool:
     """Whether two parts of checkpoints hold the same numbers."""
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items() if key != "lr")
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(same, one, other))
     if isinstance(one, torch.Tensor):
@@ -174,10 +174,12 @@ def test_resuming_restores_all_that_was_saved(script, run, straight, tmp_path, m
         return checkpoint(max((tmp_path / seed).iterdir()))
     before = checkpoint(folder)
     with pytest.raises(SystemExit):
-        run(script, f"--resume {shlex.quote(str(folder))} --total-timesteps 99999999", quick=False)
+        run(script, f"--resume {shlex.quote(str(folder))} --total-timesteps 99999999 --lr 1e-5", quick=False)
     first, second = map(begun, "23")
     assert not all(same(first[key], second[key]) for key in first.keys() - OWN)
     after = checkpoint(folder)
+    step_sizes = re.findall(r"'lr': ([^,]+)", str(after))              # tables and TD3 have none in the checkpoint
+    assert "1e-05" in step_sizes or script in ("tabular_em", "em_clustering_td3")
     drawn_anew = set() if script in EXACT else FRESH
     assert before.keys() == after.keys()
     for key in before.keys() - OWN - drawn_anew:
