@@ -47,13 +47,11 @@ import time
 from collections import defaultdict
 from dataclasses import asdict
 from datetime import datetime
-from functools import cache, cached_property
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Annotated, Literal
 
 import imageio.v2 as imageio
-import matplotlib
 import mujoco
 import numpy as np
 import torch
@@ -72,32 +70,29 @@ from tqdm import tqdm
 # --- Settings --------------------------------------------------------------------------------------------------------
 TASKS = {"maze": tuple(f"task{i}" for i in range(10)), "reacher": tuple(f"task{i}" for i in range(5)),
          "metaworld": ("door-open", "door-close", "drawer-open", "drawer-close")}
-COMMON = dict(hidden_size=256, mixture_warmup=0.0, switch_action="sample", switch_q="min", kl_weight=1e-3,
-              distill_steps=500)
-PRESETS = {  # a setting left at None takes its value from here, that of an environment and a method before its
-    # environment's; 834 wide, shared networks have about as many parameters as ten networks of 256
-    "maze": COMMON | dict(learning_starts=3_000, train_every=600, gradient_steps=100, batch_size=256, lr=3e-4),
+SWITCH = dict(mixture_warmup=0.0, switch_action="sample", switch_q="min")
+WIDE = dict(hidden_size=512, lr=1e-3)
+PRESETS = {  # of an environment, a method, or both: the last that has a setting decides; what none has is refused
+    "maze": dict(hidden_size=256, learning_starts=3_000, train_every=600, gradient_steps=100, batch_size=256, lr=3e-4),
+    "reacher": dict(hidden_size=256, learning_starts=10_000, train_every=200, gradient_steps=200, batch_size=32,
+                    lr=3e-4, reacher_model="strong"),
+    "metaworld": dict(hidden_size=256, learning_starts=10_000, train_every=500, gradient_steps=50, batch_size=256,
+                      lr=1.5e-3),
+    "qmp": SWITCH, "qmp-multihead": SWITCH, "qmp-own": dict(mixture_warmup=0.0, switch_q="min"),
+    "qmp-uniform": dict(mixture_warmup=0.0), "qmp-domain": dict(mixture_warmup=0.0),
+    "dnc": dict(kl_weight=1e-3), "dnc-reg": dict(kl_weight=1e-3), "maze dnc-reg": dict(kl_weight=1e-4),
+    # shared networks 834 wide have about as many parameters as ten networks of 256
     "maze shared": dict(hidden_size=834), "maze shared-multihead": dict(hidden_size=834),
-    "maze qmp-multihead": dict(hidden_size=834, mixture_warmup=0.05), "maze dnc-reg": dict(kl_weight=1e-4),
-    "reacher": COMMON | dict(learning_starts=10_000, train_every=200, gradient_steps=200, batch_size=32, lr=3e-4,
-                             reacher_model="strong"),
-    "reacher shared": dict(hidden_size=600), "reacher shared-multihead": dict(hidden_size=512, lr=1e-3),
-    "reacher qmp-multihead": dict(hidden_size=512, lr=1e-3),
-    "metaworld": COMMON | dict(learning_starts=10_000, train_every=500, gradient_steps=50, batch_size=256, lr=1.5e-3),
-    "metaworld shared": dict(hidden_size=512, lr=1e-3), "metaworld shared-multihead": dict(hidden_size=512, lr=1e-3),
-    "metaworld qmp-multihead": dict(hidden_size=512, lr=1e-3)}
+    "maze qmp-multihead": dict(hidden_size=834, mixture_warmup=0.05),
+    "reacher shared": dict(hidden_size=600), "reacher shared-multihead": WIDE, "reacher qmp-multihead": WIDE,
+    "metaworld shared": WIDE, "metaworld shared-multihead": WIDE, "metaworld qmp-multihead": WIDE}
 SHARED_LAYERS = {"shared": 3, "shared-multihead": 2, "qmp-multihead": 2}           # of three; other methods share none
 MIXTURES = ("qmp", "qmp-multihead", "qmp-uniform", "qmp-domain")                   # where other tasks' policies act
-READ_BY = {  # settings that mean nothing to other methods or environments, and are refused there
-    "eval_mixture": MIXTURES, "mixture_warmup": (*MIXTURES, "qmp-own"), "switch_action": ("qmp", "qmp-multihead"),
-    "switch_q": ("qmp", "qmp-multihead", "qmp-own"), "kl_weight": ("dnc", "dnc-reg"), "distill_every": ("dnc",),
-    "distill_steps": ("dnc",), "reacher_model": ("reacher",)}
 STEPS = "environment steps, summed over tasks"
 FIXED = {"env", "method", "tasks", "seed", "reacher_model", "hidden_size", "buffer_size"}       # of a run that goes on
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
-NonNegative = Annotated[float, Field(ge=0)]
 
 
 @dataclass
@@ -122,8 +117,7 @@ class Args:
     amp: bool = False                         # updates in bfloat16: faster with avx512_bf16 or AMX, far slower without
     eval_mixture: bool = False                # also evaluate the mixture, with mean actions: columns mixture/...
     reacher_model: Literal["strong", "official"] | None = None  # shoulder motor of gear 20, or the authors' 10
-    # what the Q-switch scores: the sample, as executed, or the mean
-    switch_action: Literal["sample", "mean"] | None = None
+    switch_action: Literal["sample", "mean"] | None = None  # what the Q-switch scores; a sample is what is executed
     switch_q: Literal["min", "q1"] | None = None  # which critic: the smaller of the twins, or the first (code)
     mixture_warmup: Annotated[float, Field(ge=0, lt=1)] | None = None  # share of the run before the Q-switch acts
     learning_starts: Positive | None = None   # transitions per task before the first round of updates
@@ -135,27 +129,21 @@ class Args:
     lr: Share | None = None                   # Adam step size of policies, critics and temperatures
     gamma: Share = 0.99                       # discount factor
     tau: Share = 0.005                        # Polyak coefficient: share of the online critics in a step of targets
-    kl_weight: NonNegative | None = None      # of the KL to every other task's policy, paper: beta
-    distill_every: Positive | None = None     # dnc: environment steps between distillations; a tenth of the run
-    distill_steps: Positive | None = None     # with dnc: minibatches per distillation; 500
+    kl_weight: Annotated[float, Field(ge=0)] | None = None  # of the KL to every other task's policy, paper: beta
 
     def __post_init__(self):
-        preset = PRESETS[self.env] | PRESETS.get(f"{self.env} {self.method}", {})
-        preset["distill_every"] = -(-self.total_timesteps // 10)
-        for name, readers in READ_BY.items():
-            if self.env not in readers and self.method not in readers:
-                preset.pop(name, None)
-                if getattr(self, name) is not None and getattr(self, name) is not False:
-                    raise ValueError(f"--{name.replace('_', '-')} goes with {' or '.join(readers)}")
-        for name, value in preset.items():
+        preset = PRESETS[self.env] | PRESETS.get(self.method, {}) | PRESETS.get(f"{self.env} {self.method}", {})
+        for name in set().union(*PRESETS.values()):
             if getattr(self, name) is None:
-                setattr(self, name, value)
+                setattr(self, name, preset.get(name))
+            elif name not in preset:
+                raise ValueError(f"--{name.replace('_', '-')}: no effect with --env {self.env} --method {self.method}")
         family = range(len(TASKS[self.env]))
         self.tasks = self.tasks or tuple(family)
         if len(set(self.tasks) & set(family)) < len(self.tasks):
             raise ValueError(f"--tasks {' '.join(map(str, self.tasks))}: needs different indices, 0 to {family[-1]}")
-        if self.method in SHARED_LAYERS and self.batch_size < len(self.tasks):
-            raise ValueError(f"--batch-size {self.batch_size}: holds less than one transition of each task")
+        if self.eval_mixture and self.method not in MIXTURES:
+            raise ValueError(f"--eval-mixture goes with {' or '.join(MIXTURES)}")
         if self.method == "qmp-domain" and self.env != "reacher":
             raise ValueError("--method qmp-domain knows how the reacher's tasks are related; use it with --env reacher")
 
@@ -165,32 +153,27 @@ MAZE = ("############", "#....#.....#", "#.##.#.#.#.#", "#......#...#", "#.####.
         "##.#.#.#.###", "#..#...#...#", "############")    # D4RL's large maze; row = x axis, column = y axis
 MAZE_TASKS = [((1, 3), (5, 8)), ((1, 10), (2, 4)), ((4, 1), (1, 7)), ((7, 4), (4, 10)), ((1, 3), (7, 4)),
               ((1, 7), (7, 10)), ((5, 4), (7, 9)), ((7, 1), (2, 6)), ((1, 2), (3, 10)), ((7, 2), (6, 8))]  # start, goal
-REACHER_GOALS = np.array([(0.2, 0.3, 0.5), (0.3, 0.0, 0.3), (0.4, -0.3, 0.4), (0.4, 0.3, 0.2)])    # metres, world
-REACHER_TASKS = ((0, 1, 2), (0, 1, 3), (1, 3, 2), (1, 2, 0), None)     # order of the goals; None: stay at the start
-HOLD_STILL = np.array([0.410, 0.119, 0.239])                           # the hand at the start [m]
+REACHER_GOALS = np.array([(0.2, 0.3, 0.5), (0.3, 0.0, 0.3), (0.4, -0.3, 0.4), (0.4, 0.3, 0.2),     # metres, world
+                          (0.410, 0.119, 0.239)])                      # where the hand is at the start
+REACHER_TASKS = ((0, 1, 2), (0, 1, 3), (1, 3, 2), (1, 2, 0), (4, 4, 4))            # order of the goals
 DOMAIN_WEIGHTS = torch.tensor([[3, 2, 0, 1, 0], [2, 3, 1, 0, 0], [0, 1, 3, 1, 0], [1, 0, 1, 3, 0], [0, 0, 0, 0, 1.0]])
 
 
 class SimulatedTask:
     """A task with a MuJoCo `model` and its `data`, and a picture of them."""
-    camera = "view"
+    camera, renderer = "view", None
 
-    @cached_property
-    def renderer(self) -> mujoco.Renderer:
-        """MuJoCo's, or the end of the program where there is no OpenGL."""
+    def render(self) -> np.ndarray:
+        """What the camera sees, (160, 160, 3) uint8."""
         try:
-            return mujoco.Renderer(self.model, 320, 320)
+            self.renderer = self.renderer or mujoco.Renderer(self.model, 160, 160)
         except Exception as error:                                     # each platform raises its own
             sys.exit(f"pictures need OpenGL ({error}); without a screen set MUJOCO_GL=egl or MUJOCO_GL=osmesa, with "
                      "that library installed, or leave --capture-video out")
-
-    def render(self) -> np.ndarray:
-        """What the camera sees, (320, 320, 3) uint8."""
         self.renderer.update_scene(self.data, self.camera)
         return self.renderer.render()
 
 
-@cache
 def maze_model(goal: tuple[int, int]) -> mujoco.MjModel:
     """The point mass in D4RL's large maze. Cell (row, col) has its centre at world (row + 1, col + 1)."""
     walls = "".join(f'<geom type="box" pos="{row + 1} {col + 1} 0" size=".5 .5 .2"/>'
@@ -246,7 +229,6 @@ class MazeTask(SimulatedTask):
         return obs.astype(np.float32), math.exp(-distance) - 1.0, distance <= 0.5, {"success": distance <= 0.5}
 
 
-@cache
 def reacher_model(variant: str) -> mujoco.MjModel:
     """A Jaco arm of six joints without fingers: official masses, capsules instead of the official meshes.
 
@@ -308,8 +290,9 @@ class ReacherTask(SimulatedTask):
     horizon, action_size = 200, 6
 
     def __init__(self, task: int, variant: str):
-        self.model, self.task, self.order = reacher_model(variant), task, REACHER_TASKS[task]
+        self.model, self.task, self.goals = reacher_model(variant), task, REACHER_GOALS[list(REACHER_TASKS[task])]
         self.data = mujoco.MjData(self.model)
+        self.steps_per_stage = 30 if task == 4 else 1                  # holding still: any 30, not 30 in a row
 
     def reset(self, rng: np.random.Generator) -> np.ndarray:
         """First observation of an episode: the same pose +-0.01 rad, almost at rest."""
@@ -325,15 +308,14 @@ class ReacherTask(SimulatedTask):
         action = np.clip(action, -1.0, 1.0)
         self.data.ctrl[:] = action
         mujoco.mj_step(self.model, self.data, nstep=4)
-        goal = HOLD_STILL if self.order is None else REACHER_GOALS[self.order[self.stage]]
-        distance = np.linalg.norm(self.data.body("hand").xpos - goal)
+        distance = np.linalg.norm(self.data.body("hand").xpos - self.goals[self.stage])
         touched = distance < 0.05
         self.touches += int(touched)
-        self.stage = self.touches // 30 if self.order is None else self.touches    # task 4: 3 x 30 steps near the start
+        self.stage = self.touches // self.steps_per_stage
         effort = (0.01 * float(np.square(action).sum()) + 0.001 * np.abs(self.data.qvel).mean()
                   + 1e-5 * np.abs(self.data.qacc).mean())
-        time = 0.4 * (3 - self.stage)                                  # paid at every step until the last goal
-        reward = (-distance - time, -distance + 200 * touched - 2, -distance - time, -time, -distance)[self.task]
+        delay = 0.4 * (3 - self.stage)                                 # paid at every step until the last goal
+        reward = (-distance - delay, -distance + 200 * touched - 2, -distance - delay, -delay, -distance)[self.task]
         info = {"success": self.stage == 3, "touched": touched, "stages": self.stage}
         return self.observe(), reward - effort, self.stage == 3, info
 
@@ -341,7 +323,6 @@ class ReacherTask(SimulatedTask):
         return np.concatenate([self.data.qpos, self.data.qvel, np.arange(3) == self.stage], dtype=np.float32)
 
 
-@cache
 def door_drawer_model() -> mujoco.MjModel:
     """Meta-World's Sawyer arm at a table with its drawer and its door; the drawer comes first, as its tasks ask."""
     from metaworld.asset_path_utils import full_V3_path_for
@@ -366,17 +347,6 @@ def door_drawer_model() -> mujoco.MjModel:
     </mujoco>""")
 
 
-class DoorDrawerScene:
-    """Goes before a stock task among the base classes: both objects in its scene, starts drawn from `start_range`."""
-
-    def _initialize_simulation(self):
-        model = copy.copy(door_drawer_model())                         # a copy, as each episode moves an object in it
-        return model, mujoco.MjData(model)
-
-    def _get_state_rand_vec(self):
-        return self.np_random.uniform(*self.start_range)
-
-
 class DoorDrawerTask(SimulatedTask):
     """One of four tasks at a table with a door and a drawer: open or close one of them, whatever the other is doing.
 
@@ -391,16 +361,17 @@ class DoorDrawerTask(SimulatedTask):
         from metaworld import envs
         stock = (envs.SawyerDoorEnvV3, envs.SawyerDoorCloseEnvV3, envs.SawyerDrawerOpenEnvV3,
                  envs.SawyerDrawerCloseEnvV3)[task]
-        self.stock, self.is_door = type("InOurScene", (DoorDrawerScene, stock), {})(), task < 2
-        self.model, self.data = self.stock.model, self.stock.data
-        self.stock.start_range = np.array([(-0.1, 0.85, 0.15), (0.0, 0.95, 0.15)] if self.is_door else
-                                          [(0.3, 0.9, 0.0), (0.4, 0.9, 0.0)])
+        model = door_drawer_model()
+        scene = {"_initialize_simulation": lambda stock: (model, mujoco.MjData(model))}
+        self.stock, self.is_door = type("InOurScene", (stock,), scene)(), task < 2
+        self.model, self.data = model, self.stock.data
+        self.starts = [(-0.1, 0.85, 0.15), (0.0, 0.95, 0.15)] if self.is_door else [(0.3, 0.9, 0.0), (0.4, 0.9, 0.0)]
         self.stock.hand_init_pos = np.array([-0.6 if task == 1 else 0.0, 0.6, 0.2])
         self.stock._set_task_called = True
 
     def reset(self, rng: np.random.Generator) -> np.ndarray:
         """First observation of an episode."""
-        self.stock.np_random = rng
+        self.stock._last_rand_vec = rng.uniform(*self.starts)          # where the stock task puts its object
         mujoco.mj_resetData(self.model, self.data)                     # closes both
         self.stock.reset_model()
         mujoco.mj_forward(self.model, self.data)                       # or the drawer is seen where it was before
@@ -627,12 +598,12 @@ def update(args: Args, agent: SAC, optimizers: dict, batch: list[Tensor]) -> dic
 
     pi, log_prob = squash(*agent.policy(obs), torch.randn(actions.shape).to(actions))
     losses["actor"] = (alpha * log_prob - agent.q(agent.critic, obs, pi).amin(0)).mean(-1)
-    if args.kl_weight is None:
-        descend_sum(optimizers["actor"], losses["actor"])
-    else:                                                              # Divide-and-Conquer: stay near the others
+    actor_loss = losses["actor"]
+    if args.kl_weight is not None:                                     # Divide-and-Conquer: stay near the others
         states = obs[:, :max(1, obs.shape[1] // len(obs))].flatten(0, 1)                   # some of every task, (S, O)
         losses["kl"] = pairwise_kl(*agent.policy(states.expand(len(obs), -1, -1))).sum(1)
-        descend_sum(optimizers["actor"], losses["actor"] + args.kl_weight * losses["kl"])
+        actor_loss = actor_loss + args.kl_weight * losses["kl"]
+    descend_sum(optimizers["actor"], actor_loss)
 
     entropy = -log_prob.detach().mean(-1)                              # of the policies before their step
     agent.log_alpha.grad = (entropy + actions.shape[-1]).sum_to_size(len(alpha))       # of log_alpha (entropy + A)
@@ -661,13 +632,13 @@ def pairwise_kl(mean: Tensor, log_std: Tensor) -> Tensor:
     return kl_divergence(pi_j, pi_i).mean((2, 3))
 
 
-def distill(args: Args, agent: SAC, optimizer: torch.optim.Optimizer, buffer: ReplayBuffer, rng: np.random.Generator
-            ) -> None:
+def distill(args: Args, agent: SAC, optimizer: torch.optim.Optimizer, buffer: ReplayBuffer, rng: np.random.Generator,
+            minibatches: int = 500) -> None:
     """Fit one policy to all tasks' replayed actions and restart every policy from it (Divide-and-Conquer).
 
     The common policy and its `optimizer` live as long as the run. Nothing else of the learners changes.
     """
-    for _ in range(args.distill_steps):
+    for _ in range(minibatches):
         obs, actions, *_ = buffer.sample(rng, max(1, args.batch_size // len(args.tasks)))
         mean, log_std = agent.policy(obs, list(agent.centroid))        # (T, B, A)
         before_tanh = torch.atanh(actions.clamp(-1 + 1e-6, 1 - 1e-6))
@@ -680,13 +651,11 @@ def distill(args: Args, agent: SAC, optimizer: torch.optim.Optimizer, buffer: Re
 
 # --- Training --------------------------------------------------------------------------------------------------------
 @torch.random.fork_rng(devices=[])                                     # what a mixture draws is not training's
-def evaluate(args: Args, agent: SAC, method: str, stopped=lambda: False,
-             paths: list[list] | None = None) -> dict[str, np.ndarray] | None:
+def evaluate(args: Args, agent: SAC, method: str, stopped=lambda: False) -> dict[str, np.ndarray] | None:
     """--eval-episodes episodes of every task with mean actions, in environments with a generator of their own.
 
     Args:
         method: whose rule is followed; "separated" for each task's own policy.
-        paths: a list per task, which takes the observations of its first episode.
     Returns:
         return, success and what else the tasks report, (T, episodes) each; None as soon as `stopped` says so.
     """
@@ -696,12 +665,9 @@ def evaluate(args: Args, agent: SAC, method: str, stopped=lambda: False,
         if stopped():
             return None
         if args.capture_video and not all(episodes) and envs.episodes[0]["episodic_length"] % 4 == 0:
-            frames.append(np.hstack([env.render()[::2, ::2] for env in envs.envs]))
-        next_obs, _, _, ended = envs.step(behave(args, agent, envs.obs, method, explore=False)[0])
-        for i, path in enumerate(paths or ()):
-            if not episodes[i]:
-                path.append(next_obs[i])
-        for task, episode in ended.items():
+            frames.append(np.hstack([env.render() for env in envs.envs]))
+        actions, _ = behave(args, agent, envs.obs, method, explore=False)
+        for task, episode in envs.step(actions)[-1].items():
             episodes[task].append(episode)
     if frames:
         name = "tasks" if method == "separated" else "mixture"
@@ -741,8 +707,8 @@ def train(args: Args) -> Path:
     recent = torch.zeros(num_tasks, num_tasks, dtype=torch.int64)      # steps of task i that policy j took ...
     counts = torch.zeros_like(recent)                                  # ... since the last evaluation, and before it
     if args.resume:
-        for name, optimizer in optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+        for name, optimizer in optimizers.items():                     # with --lr as it is now
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizers"][name]["state"]})
         global_step, buffer.num_added, owed = state["global_step"], state["num_added"], state["owed"]
         counts, recent = state["counts"], state["recent"]
         buffer.data[:, :len(buffer)] = state["buffer"].to(args.device)
@@ -750,14 +716,13 @@ def train(args: Args) -> Path:
         torch.set_rng_state(state["torch_rng"])
         envs.reset()
         tqdm.write("the simulators' states are not saved: the run goes on with fresh episodes")
-    round_size, updates, batch_size = num_tasks * args.train_every, args.gradient_steps, args.batch_size
+    updates, batch_size = args.gradient_steps, args.batch_size
     if args.method in SHARED_LAYERS:                                   # a batch of all tasks, and T times as many
-        updates, batch_size = updates * num_tasks, batch_size // num_tasks
-    first_update = (num_tasks * args.learning_starts // round_size + 1) * round_size
+        updates, batch_size = updates * num_tasks, max(1, batch_size // num_tasks)
     warmup_end = (args.mixture_warmup or 0) * args.total_timesteps
-    if args.total_timesteps < first_update:
-        tqdm.write(f"--total-timesteps {args.total_timesteps:,} only fills the buffers: the first updates come at step "
-                   f"{first_update:,} (--learning-starts {args.learning_starts:,} of each task, and a full round)")
+    if args.total_timesteps <= num_tasks * args.learning_starts:
+        tqdm.write(f"this run only fills the buffers: updates begin after --learning-starts {args.learning_starts:,} "
+                   "steps of each task")
 
     def save() -> None:
         run.save(global_step, dict(
@@ -770,8 +735,7 @@ def train(args: Args) -> Path:
     while True:
         # Evaluate: first, so that a run that was stopped during an evaluation makes it up ---------------------
         if run.due(global_step):
-            paths = [[] for _ in names]
-            result = evaluate(args, agent, "separated", run.stop.is_set, paths)
+            result = evaluate(args, agent, "separated", run.stop.is_set)
             mixed = evaluate(args, agent, args.method, run.stop.is_set) if args.eval_mixture else {}
             if result is not None and mixed is not None:
                 own_share = (recent.diagonal() / recent.sum(1)).numpy()
@@ -784,8 +748,8 @@ def train(args: Args) -> Path:
             break
 
         # Divide-and-Conquer: all policies restart from their common one ---------------------------------------
-        if (args.method == "dnc" and global_step >= first_update
-                and crossed(global_step - num_tasks, global_step, args.distill_every)):
+        if (args.method == "dnc" and optimizers["actor"].state         # after the first update: Adam remembers it
+                and crossed(global_step - num_tasks, global_step, -(-args.total_timesteps // 10))):
             distill(args, agent, optimizers["centroid"], buffer, rng)
 
         # Act: in every task the policy that its own critic prefers; step every task once, store ---------------
@@ -799,8 +763,8 @@ def train(args: Args) -> Path:
             run.log(f"tasks/{names[task]}", episode)
 
         # Update: plain SAC on every task's own data -----------------------------------------------------------
-        new_round = crossed(global_step - num_tasks, global_step, round_size)
-        if new_round and global_step >= first_update:
+        new_round = buffer.num_added % args.train_every == 0
+        if new_round and buffer.num_added > args.learning_starts:
             owed = updates
         while owed and not run.stop.is_set():                          # --resume makes up what a stop leaves
             with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.amp):
@@ -815,9 +779,9 @@ def train(args: Args) -> Path:
     if not run.stop.is_set():
         plot_mixture(run.dir, counts.numpy(), names)
         if args.env == "maze":
-            plot_paths(run.dir, args.tasks, paths)
+            plot_paths(run.dir, args, agent)
         if args.env == "reacher":
-            plot_stages(run.dir, names)
+            plot_stages(run.dir, names, run.rows)
         print_table(names, result)
     run.close()
     return run.dir
@@ -827,50 +791,46 @@ def train(args: Args) -> Path:
 def plot_mixture(folder: Path, counts: np.ndarray, names: list[str]) -> None:
     """Who borrows from whom: mixture.csv has the share of task i's steps that policy j took in row i, column j.
 
-    mixture.png draws it as the paper's Fig. 5, left; the diagonal, which would hide the rest, has a panel of its own.
+    mixture.png draws it as the paper's Fig. 5, left; red is more than 1/T, blue is less.
     """
     share = counts / counts.sum(1, keepdims=True)
     np.savetxt(folder / "mixture.csv", share, "%.6f", ",", header=",".join(names))
-    figure = Figure(figsize=(2.5 + 0.75 * len(names), 1.2 + 0.5 * len(names)), layout="constrained")
-    lent, own = figure.subplots(1, 2, width_ratios=[len(names), 1])
-    lent.set(title="share of steps, against 1/T (white)", xlabel="policy that acted", ylabel="task that was acted in")
-    own.set(title="own policy")
-    for axis, values in ((lent, np.where(np.eye(len(names)), np.nan, share)), (own, share.diagonal()[:, None])):
-        axis.imshow(values, vmin=0, vmax=2 / len(names), cmap="RdBu_r", aspect="auto")
-        for (row, column), value in np.ndenumerate(values):
-            if np.isfinite(value):
-                axis.text(column, row, f"{100 * value:.0f}%", ha="center", va="center", fontsize=8,
-                          color="white" if abs(value * len(names) - 1) > 0.6 else "black")
-        axis.set(xticks=[], yticks=[])
-    lent.set_xticks(range(len(names)), names, rotation=45)
-    lent.set_yticks(range(len(names)), names)
+    figure = Figure(figsize=(2 + 0.75 * len(names), 1.5 + 0.5 * len(names)), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(share, vmin=0, vmax=2 / len(names), cmap="RdBu_r", aspect="auto", alpha=0.6)
+    for (row, column), value in np.ndenumerate(share):
+        axis.text(column, row, f"{100 * value:.0f}%", ha="center", va="center", fontsize=8)
+    axis.set(title="share of steps, against 1/T (white)", xlabel="policy that acted", ylabel="task that was acted in")
+    axis.set_xticks(range(len(names)), names, rotation=45)
+    axis.set_yticks(range(len(names)), names)
     figure.savefig(folder / "mixture.png", dpi=120)
 
 
-def plot_paths(folder: Path, tasks: tuple[int, ...], paths: list[list]) -> None:
-    """paths.png: the first evaluation episode of each task, drawn into the maze."""
+def plot_paths(folder: Path, args: Args, agent: SAC) -> None:
+    """paths.png: 600 steps of each task's own policy, drawn into the maze; they begin as an evaluation does."""
+    envs, paths = make_envs(args, np.random.default_rng([args.seed, 1])), []
+    for _ in range(envs.horizon):
+        actions, _ = behave(args, agent, envs.obs, "separated", explore=False)
+        paths.append(envs.step(actions)[0])
     figure = Figure(figsize=(9, 6), layout="constrained")
     axis = figure.subplots()
     axis.imshow([[cell == "#" for cell in line] for line in MAZE], cmap="Greys", vmax=1.6)
-    for task, points in zip(tasks, paths):
-        colour, goal = matplotlib.colormaps["tab10"](task), np.array(MAZE_TASKS[task][1]) + 0.2
-        row, column = np.array(points)[:, :2].T + 0.2                  # qpos is 0.2 off the cells' centres
-        reached = math.dist((row[-1], column[-1]), goal) <= 0.5
-        axis.plot(column, row, color=colour, lw=1.6, label=f"task{task}" + ("" if reached else " (not reached)"))
-        axis.plot(column[0], row[0], "o", color=colour)
-        axis.plot(goal[1], goal[0], "*", color=colour, markersize=14, markeredgecolor="black", markeredgewidth=0.5)
+    for i, task in enumerate(args.tasks):
+        row, column = np.array(paths)[:, i, :2].T + 0.2                # qpos is 0.2 off the cells' centres
+        start, goal = np.array(MAZE_TASKS[task]) + 0.2
+        axis.plot(column, row, ".", color=f"C{task}", markersize=2)
+        axis.plot(start[1], start[0], "o", color=f"C{task}", label=f"task{task}")
+        axis.plot(goal[1], goal[0], "*", color=f"C{task}", markersize=14, markeredgecolor="black", markeredgewidth=0.5)
     figure.legend(loc="outside right center", frameon=False)
     axis.set(xlabel="column", ylabel="row", title="paths of the evaluated policies: dot = start, star = goal")
     figure.savefig(folder / "paths.png", dpi=120)
 
 
-def plot_stages(folder: Path, names: list[str]) -> None:
-    """stages.png from metrics.csv: how many of the three stages of each task its evaluated policy completes."""
-    table = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True, deletechars="", ndmin=1)
+def plot_stages(folder: Path, names: list[str], rows: list[dict]) -> None:
+    """stages.png: how many of the three stages of each task its evaluated policy completes, over training."""
     figure = Figure(figsize=(2.6 * len(names), 2.8), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names):
-        axis.fill_between(table["global_step"], table[f"{name}/stages"], alpha=0.4)
-        axis.plot(table["global_step"], table[f"{name}/stages"])
+        axis.fill_between([row["global_step"] for row in rows], [row[f"{name}/stages"] for row in rows], alpha=0.6)
         axis.set(title=name, xlabel="environment steps", ylim=(0, 3.05))
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.supylabel("stages completed")

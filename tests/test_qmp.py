@@ -122,12 +122,12 @@ def test_one_update_against_plain_loops(method, monkeypatch):
 def test_divergence_by_hand_and_distillation():
     mean, log_std = torch.tensor([0.0, 1.0])[:, None, None], torch.zeros(2, 1, 1)
     assert qmp.pairwise_kl(mean, log_std).tolist() == [[0.0, 0.5], [0.5, 0.0]]             # KL(N(0, 1), N(1, 1))
-    args, agent, _ = make("dnc", distill_steps=3)
+    args, agent, _ = make("dnc")
     buffer = qmp.ReplayBuffer(3, 20, 4, 2, "cpu")
     for _ in range(20):
         buffer.add(np.random.randn(3, 4), np.random.rand(3, 2) * 2 - 1, np.zeros(3), np.zeros((3, 4)), np.zeros(3))
     critic = [param.clone() for param in agent.critic.parameters()]
-    qmp.distill(args, agent, torch.optim.Adam(agent.centroid, 1e-3), buffer, np.random.default_rng(0))
+    qmp.distill(args, agent, torch.optim.Adam(agent.centroid, 1e-3), buffer, np.random.default_rng(0), minibatches=3)
     assert all(torch.equal(param[0], param[2]) for param in agent.actor.params)
     assert all(map(torch.equal, critic, agent.critic.parameters()))
 
