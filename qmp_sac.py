@@ -114,7 +114,6 @@ class Args:
     evaluate: Path | None = None              # run folder to load and evaluate; trains nothing
     capture_video: bool = False               # with --evaluate: an animated picture of each task
 
-    amp: bool = False                         # updates in bfloat16: faster with avx512_bf16 or AMX, far slower without
     eval_mixture: bool = False                # also evaluate the mixture, with mean actions: columns mixture/...
     reacher_model: Literal["strong", "official"] | None = None  # shoulder motor of gear 20, or the authors' 10
     switch_action: Literal["sample", "mean"] | None = None  # what the Q-switch scores; a sample is what is executed
@@ -767,9 +766,7 @@ def train(args: Args) -> Path:
         if new_round and buffer.num_added > args.learning_starts:
             owed = updates
         while owed and not run.stop.is_set():                          # --resume makes up what a stop leaves
-            with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.amp):
-                losses = update(args, agent, optimizers, buffer.sample(rng, batch_size))
-            run.log("losses", losses)
+            run.log("losses", update(args, agent, optimizers, buffer.sample(rng, batch_size)))
             owed -= 1
         if new_round:
             run.write(global_step)
