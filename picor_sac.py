@@ -19,7 +19,7 @@ negative, a few steps raise it, close to what SAC has just found. Tasks that are
     max(0, c (1 - gamma) - sum_z w_z A_z), Eq. 10        hinge
     phase 2, D_KL(pi || pi') + lambda / 2 hinge^2        correct
     the other rows of Table 1: G-Surgery                 descend_mean, project_conflicts
-        Soft Modularization; KTM-DRL                     SoftModules; load_experts, and the first loop of train
+        Soft Modularization; KTM-DRL                     SoftModules; load_experts, imitate
 
 Differences from the paper, each explained in docs/picor_sac.md:
 1. What the paper leaves open is decided as follows: soft advantages on both sides with common random numbers, in units
@@ -46,7 +46,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from functools import cache
 from importlib.metadata import distributions
@@ -76,9 +76,9 @@ from tqdm import tqdm
 GOALS = {"north-east": (1.0, 1.0), "south-west": (-1.0, -1.0), "south-east": (1.0, -1.0), "north-west": (-1.0, 1.0)}
 PARTS = {"Torso": ["torso"], "Head": ["head"], "Thigh": ["bthigh", "fthigh"], "Leg": ["bshin", "fshin"],
          "Foot": ["bfoot", "ffoot"]}
-SIZES = ("Small", "Big")
 FAMILIES = {"goals": tuple(GOALS),
-            "halfcheetah": tuple(size + part for part in ("Foot", "Leg", "Thigh", "Torso") for size in SIZES),
+            "halfcheetah": ("SmallFoot", "BigFoot", "SmallLeg", "BigLeg", "SmallThigh", "BigThigh", "SmallTorso",
+                            "BigTorso"),
             "mt4": ("reach", "drawer-close", "button-press-topdown", "window-close"),
             "mt10": tuple(name.removesuffix("-v3") for name in metaworld.env_dict.MT10_V3)}
 ACTION_SIZES = {"goals": 2, "halfcheetah": 6, "mt4": 4, "mt10": 4}
@@ -89,14 +89,13 @@ PRESETS = {  # a setting left at None takes its value from here
                         learning_starts=2_000, total_timesteps=200_000, eval_every=20_000, checkpoint_every=20_000,
                         eval_episodes=5),
     "mt4": dict(horizon=200, block_steps=200, hidden_sizes=(256, 256), batch_size=256, learning_starts=1_000, lr=3e-4,
-                total_timesteps=200_000, eval_every=20_000, checkpoint_every=20_000, eval_episodes=1),
+                total_timesteps=200_000, eval_every=20_000, checkpoint_every=20_000, eval_episodes=1, num_goals=1),
     "mt10": dict(horizon=500, block_steps=500, hidden_sizes=(512, 512), batch_size=256, learning_starts=5_000, lr=3e-4,
-                 total_timesteps=5_000_000, eval_every=100_000, checkpoint_every=100_000, eval_episodes=1)}
-# The same for what has an effect in some runs only, and is refused in others.
-PICOR = dict(no_correction=False, no_adaptive_weights=False, critic_batch="all")
-CORRECTION = dict(correction_steps=5, correction_states=32, recent=0, c=-0.1, penalty=10.0, hard_advantage=False)
-WEIGHTS = dict(weight_tau=0.1, weight_warmup=500)
-KTM, MT = dict(teachers=None, offline_updates=None), dict(num_goals=1)
+                 total_timesteps=5_000_000, eval_every=100_000, checkpoint_every=100_000, eval_episodes=1, num_goals=1)}
+# Settings that have an effect in some runs only, and are refused in others
+OF_PICOR = ("no_correction", "no_adaptive_weights", "critic_batch")
+OF_CORRECTION = ("correction_steps", "correction_states", "recent", "c", "penalty", "hard_advantage")
+OF_WEIGHTS, OF_KTM = ("weight_tau", "weight_warmup"), ("teachers", "offline_updates")
 ONE_TASK = ("picor", "independent", "ktm")                    # methods whose policy learns from the active task only
 STEPS = "environment steps, summed over tasks"
 LOG_EVERY = 1_000                                             # environment steps between writes to TensorBoard
@@ -105,7 +104,6 @@ FIXED = {"env", "method", "tasks", "seed", "hidden_sizes", "num_goals", "block_s
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
-NonNegative = Annotated[float, Field(ge=0)]
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]                 # --no-correction, without --no-no-correction
 
 
@@ -131,21 +129,21 @@ class Args:
 
     no_correction: Switch = False             # picor without phase 2, the paper's "Cor": SAC in blocks of one task
     no_adaptive_weights: Switch = False       # weights 1 / N, without the paper's "Ada": from the temperatures
-    critic_batch: Literal["all", "active"] | None = None  # tasks that picor's critic learns from (all)
-    correction_steps: Positive | None = None  # most steps of a correction; it ends as soon as the hinge is 0 (5)
-    correction_states: Positive | None = None  # states per task on which advantages are estimated (32)
-    recent: Annotated[int, Field(ge=0)] | None = None  # of the task's last so many transitions; 0: of all (0)
-    c: Annotated[float, Field(le=0)] | None = None  # discounted return that an update may lose [spread of Q] (-0.1)
-    penalty: NonNegative | None = None        # weight of half the squared hinge, paper: lambda (10)
+    critic_batch: Literal["all", "active"] = "all"  # tasks that picor's critic learns from
+    correction_steps: Positive = 5            # most steps of a correction; it ends as soon as the hinge is 0
+    correction_states: Positive = 32          # states per task on which advantages are estimated
+    recent: Annotated[int, Field(ge=0)] = 0   # of the task's last so many transitions; 0: of all
+    c: Annotated[float, Field(le=0)] = -0.1   # discounted return that an update may lose [spread of Q]
+    penalty: Annotated[float, Field(ge=0)] = 10.0  # weight of half the squared hinge, paper: lambda
     hard_advantage: Switch = False            # advantage without entropy: the hinge then fights what SAC improved
-    weight_tau: Share | None = None  # temperature of the weights' softmax [entropy temperatures], paper: tau (0.1)
-    weight_warmup: Annotated[int, Field(ge=0)] | None = None  # updates of every task before weights leave 1 / N (500)
+    weight_tau: Share = 0.1                   # temperature of the weights' softmax [entropy temperatures], paper: tau
+    weight_warmup: Annotated[int, Field(ge=0)] = 500  # updates of every task before weights leave 1 / N
     teachers: Path | None = None              # ktm: run folder of --method independent; its steps come on top
     offline_updates: Positive | None = None   # ktm: updates before the first step; as many as --total-timesteps
     block_steps: Positive | None = None       # environment steps of a task before the next one's turn, paper: K; ktm: 1
     task_order: Literal["random", "cycle"] | None = None  # how the task of a block is drawn: at random, for ktm in turn
     horizon: Positive | None = None           # steps after which an episode is cut off
-    num_goals: Annotated[int, Field(ge=1, le=50)] | None = None  # Meta-World: goals per task, drawn by the seed (1)
+    num_goals: Annotated[int, Field(ge=1, le=50)] | None = None  # Meta-World: goals per task, drawn by the seed; 1
     alpha_init: Share = 0.2                   # entropy temperature at the start [reward per nat]
     update_every: Positive = 1                # environment steps per update
     learning_starts: Positive | None = None   # random actions per task before the first update; of its policy for ktm
@@ -160,19 +158,20 @@ class Args:
     def __post_init__(self):
         self.tasks = self.tasks or FAMILIES[self.env]
         picor, ktm = self.method == "picor", self.method == "ktm"
+        presets = PRESETS[self.env] | {"task_order": "random"}
         if ktm:                                                        # a step of every task, an update for each
-            self.block_steps, self.task_order = self.block_steps or 1, self.task_order or "cycle"
-        for used, values in ((True, PRESETS[self.env] | {"task_order": "random"}), (picor, PICOR),
-                             (picor and not self.no_correction, CORRECTION), (ktm, KTM),
-                             (picor and not self.no_adaptive_weights, WEIGHTS), (self.env in ("mt4", "mt10"), MT)):
-            for name, value in values.items():
-                given = getattr(self, name)
-                if given is None and used:
-                    setattr(self, name, value)
-                elif not used and given is not None and given is not False:
+            presets |= {"task_order": "cycle", "block_steps": 1,
+                        "offline_updates": self.total_timesteps or presets["total_timesteps"]}
+        for name, value in presets.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        for used, names in ((picor, OF_PICOR), (picor and not self.no_correction, OF_CORRECTION),
+                            (picor and not self.no_adaptive_weights, OF_WEIGHTS), (ktm, OF_KTM),
+                            ("num_goals" in presets, ("num_goals",))):
+            for name in names:
+                if not used and getattr(self, name) != getattr(Args, name):
                     raise ValueError(f"--{name.replace('_', '-')} has no effect here: --env {self.env}, --method "
                                      f"{self.method} and the switches given; leave it out")
-        self.offline_updates = self.offline_updates or (self.total_timesteps if ktm else None)
         if not set(self.tasks) <= set(FAMILIES[self.env]) or len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"--tasks {' '.join(self.tasks)}: different ones of {', '.join(FAMILIES[self.env])}")
         if self.batch_size < len(self.tasks) or self.env in ("mt4", "mt10") and self.horizon > 500:
@@ -184,7 +183,7 @@ class GoalTask:
     """Push a point to a goal at a corner: what one task wants is wrong for the three others.
 
     Observation (2 + T,): position, and the task, one-hot. Action (2,): displacement / 0.1, clipped to +-1. Reward
-    -distance, and 1 more within 0.15 of the goal, which is a success. Never terminates.
+    -distance, and 1 more within 0.15 of the goal, which is a success. Never terminates. `state`: the position.
     """
 
     def __init__(self, name: str, one_hot: np.ndarray):
@@ -192,30 +191,22 @@ class GoalTask:
 
     def reset(self, rng: np.random.Generator) -> np.ndarray:
         """First observation of an episode."""
-        self.position = rng.uniform(-0.2, 0.2, 2)
-        return np.concatenate([self.position, self.one_hot], dtype=np.float32)
+        self.state = rng.uniform(-0.2, 0.2, 2)
+        return np.concatenate([self.state, self.one_hot], dtype=np.float32)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, dict]:
         """Observation, reward, termination, and whether this step succeeds."""
-        self.position = self.position + 0.1 * np.clip(action, -1.0, 1.0)
-        distance = float(np.linalg.norm(self.position - self.goal))
-        obs = np.concatenate([self.position, self.one_hot], dtype=np.float32)
+        self.state = self.state + 0.1 * np.clip(action, -1.0, 1.0)
+        distance = float(np.linalg.norm(self.state - self.goal))
+        obs = np.concatenate([self.state, self.one_hot], dtype=np.float32)
         return obs, -distance + (distance < 0.15), False, {"success": distance < 0.15}
-
-    def get_state(self) -> list[float]:
-        """All that the next step reads."""
-        return self.position.tolist()
-
-    def restore(self, state: list[float]) -> None:
-        """Undo `get_state`."""
-        self.position = np.array(state)
 
     def render(self) -> np.ndarray:
         """The goal in green and the point in red, 3 m wide: (240, 240, 3) uint8."""
         y, x = np.mgrid[1.5:-1.5:240j, -1.5:1.5:240j]
         picture = np.full((240, 240, 3), 255, np.uint8)
         picture[np.hypot(x - self.goal[0], y - self.goal[1]) < 0.15] = (110, 190, 120)
-        picture[np.hypot(x - self.position[0], y - self.position[1]) < 0.06] = (200, 50, 50)
+        picture[np.hypot(x - self.state[0], y - self.state[1]) < 0.06] = (200, 50, 50)
         return picture
 
 
@@ -258,15 +249,16 @@ class CheetahTask(HalfCheetahEnv):
         success = {"success": info["x_velocity"] > 3.0}
         return np.concatenate([obs, self.one_hot], dtype=np.float32), reward, False, success
 
-    def get_state(self) -> list[float]:
+    @property
+    def state(self) -> np.ndarray:
         """All that the next step reads, the warm start of MuJoCo's solver included."""
         state = np.empty(mujoco.mj_stateSize(self.model, mujoco.mjtState.mjSTATE_INTEGRATION))
         mujoco.mj_getState(self.model, self.data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
-        return state.tolist()
+        return state
 
-    def restore(self, state: list[float]) -> None:
-        """Undo `get_state`."""
-        mujoco.mj_setState(self.model, self.data, np.array(state), mujoco.mjtState.mjSTATE_INTEGRATION)
+    @state.setter
+    def state(self, state: np.ndarray) -> None:
+        mujoco.mj_setState(self.model, self.data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
 
 
 metaworld_benchmark = cache(metaworld.MT1)     # a task's class, and the fifty pairs of goal and start of a seed
@@ -400,9 +392,9 @@ class SAC(nn.Module):
 class BoundedSAC(SAC):
     """SAC with log standard deviations in [-5, 2]: tinier ones would make the KL of the correction explode."""
 
-    def policy(self, obs: Tensor, *params) -> tuple[Tensor, Tensor]:
+    def policy(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """(T, B, O) -> mean and log standard deviation of each task's Gaussian before the tanh, (T, B, A) each."""
-        mean, raw = self.actor(obs, *params)[0].chunk(2, dim=-1)
+        mean, raw = self.actor(obs)[0].chunk(2, dim=-1)
         return mean, -5.0 + 3.5 * (torch.tanh(raw) + 1.0)
 
 
@@ -422,8 +414,10 @@ class SoftModules(nn.Module):
         self.task = slice(task_at, task_at + num_tasks)
 
         def stack(count: int, *sizes: int, bound: float | None = None) -> TaskMLP:
-            net = TaskMLP(copies, count, list(sizes), init=lambda matrix: nn.init.uniform_(
-                matrix, -(bound or len(matrix.T) ** -0.5), bound or len(matrix.T) ** -0.5))
+            def init(matrix: Tensor) -> None:                          # hidden layers by their number of outputs
+                limit = bound or matrix.shape[1] ** -0.5
+                nn.init.uniform_(matrix, -limit, limit)
+            net = TaskMLP(copies, count, list(sizes), init=init)
             for bias in list(net.params)[1::2]:
                 nn.init.uniform_(bias, -bound, bound) if bound else nn.init.constant_(bias, 0.1)
             return net
@@ -497,10 +491,8 @@ class TaskReplay:
         return [obs, actions, rewards.squeeze(-1), next_obs, terminations.squeeze(-1)]
 
     def get_state(self) -> list[Tensor]:
-        """The rows of each task, the oldest first."""
-        sizes = [min(count, len(data)) for count, data in zip(self.num_added, self.data)]
-        return [data[(torch.arange(count - size, count) % len(data)).to(data.device)].cpu()
-                for data, count, size in zip(self.data, self.num_added, sizes)]
+        """The rows of each task, the oldest first, which is overwritten next once all places are taken."""
+        return [data[:count].roll(-count, 0).cpu() for data, count in zip(self.data, self.num_added)]
 
     def restore(self, state: list[Tensor]) -> None:
         """Undo `get_state`; of more rows than fit, the newest stay."""
@@ -538,6 +530,15 @@ def draw_schedule(args: Args) -> np.ndarray:
 def task_weights(alpha: Tensor, tau: float) -> Tensor:
     """Eq. 9, softmax(alpha / tau) over tasks, (T,) -> (T,): a larger temperature is a less settled task."""
     return torch.softmax(alpha / tau, dim=0)
+
+
+def current_weights(args: Args, log_alpha: Tensor, updates: list[int]) -> Tensor:
+    """The tasks' weights, (T,), from their temperatures, where the method has any: then after a warm-up."""
+    if args.method == "soft-modules":                                  # the nearly solved weigh more
+        return torch.softmax(-log_alpha, dim=0)
+    if args.method == "picor" and not args.no_adaptive_weights and min(updates) >= args.weight_warmup:
+        return task_weights(log_alpha.exp(), args.weight_tau)
+    return torch.full_like(log_alpha, 1 / len(log_alpha))
 
 
 def hinge(advantages: Tensor, weights: Tensor, c: float, gamma: float) -> Tensor:
@@ -578,33 +579,26 @@ def project_conflicts(task_grads: Tensor, visit_order: np.ndarray) -> Tensor:
     return projected
 
 
-def descend_mean(args: Args, optimizer: torch.optim.Optimizer, net: nn.Module, loss_of, rng: np.random.Generator,
-                 scale=1.0) -> Tensor:
-    """Descend the mean of the tasks' losses, after what the method does to gradients; returns the losses, (K,).
-
-    Args:
-        loss_of: losses of K tasks, (K,), by the network or by other parameters of the same shape, one set per task.
-        scale: what the losses are multiplied by, one number or (K,).
-    """
+def descend_mean(args: Args, optimizer: torch.optim.Optimizer, net: nn.Module, losses: Tensor,
+                 rng: np.random.Generator) -> None:
+    """Descend the mean of the tasks' losses, (K,), after what the method does to gradients."""
     params = list(net.parameters())
+    optimizer.zero_grad()
     if args.method == "g-surgery":
-        own = [param.detach().repeat_interleave(net.stack[1], dim=0).requires_grad_() for param in params]
-        losses = loss_of(own)                                          # each task with a copy of the shared layers
-        by_task = torch.autograd.grad(losses.sum(), own)               # (C * T, in, out) each
-        task_grads = torch.cat([grad.unflatten(0, net.stack).transpose(0, 1).flatten(1) for grad in by_task], dim=1)
-        mean = project_conflicts(task_grads, draw_visit_order(net.stack[1], rng)).mean(0)
-        grads = [part.view_as(param) for part, param in zip(mean.split([p.numel() for p in params]), params)]
+        each = torch.eye(len(losses)).to(losses)                       # the loss of one task, and of no other
+        by_task = torch.autograd.grad(losses, params, each, is_grads_batched=True)         # (T, C, in, out) each
+        task_grads = torch.cat([grad.flatten(1) for grad in by_task], dim=1)               # (T, P)
+        mean = project_conflicts(task_grads, draw_visit_order(len(losses), rng)).mean(0)
+        for param, part in zip(params, mean.split([param.numel() for param in params])):
+            param.grad = part.view_as(param)
     else:
-        losses = loss_of()
-        grads = torch.autograd.grad((scale * losses).mean(), params)
+        losses.mean().backward(inputs=params)
     if args.method == "soft-modules":                                  # the policy and each critic to a norm of 1
-        rows = [grad.reshape(net.output.stack[0], -1) for grad in grads]                   # (C, ...) each
-        norms = torch.cat(rows, dim=1).norm(dim=1, keepdim=True)
-        grads = [(row / norms.clamp(min=1.0)).view_as(grad) for row, grad in zip(rows, grads)]
-    for param, grad in zip(params, grads):
-        param.grad = grad
+        grads = [param.grad.view(net.output.stack[0], -1) for param in params]             # (C, ...) each
+        norms = torch.cat(grads, dim=1).norm(dim=1, keepdim=True)
+        for grad in grads:
+            grad /= norms.clamp(min=1.0)
     optimizer.step()
-    return losses.detach()
 
 
 def update(args: Args, agent: SAC, optimizers: dict, buffer: TaskReplay, task: int, weights: Tensor,
@@ -617,14 +611,14 @@ def update(args: Args, agent: SAC, optimizers: dict, buffer: TaskReplay, task: i
         weights: of all tasks, (T,), with a sum of 1.
         teacher: of the active task (ktm), whose critics judge the policy, too; `offline` alone, and with its replay.
     Returns:
-        Losses, (K,) each; what `correct` says.
+        Losses; what `correct` says.
     """
     everyone, correcting = list(range(len(args.tasks))), args.method == "picor" and not args.no_correction
     policy_tasks = [task] if args.method in ONE_TASK else everyone
-    critic_tasks = everyone if args.critic_batch == "all" else policy_tasks
+    critic_tasks = everyone if args.method == "picor" and args.critic_batch == "all" else policy_tasks
     batch = buffer.sample(rng, critic_tasks, args.batch_size // len(critic_tasks))
     obs, actions, rewards, next_obs, terminations = batch              # (K, B, ...)
-    alpha, losses = agent.log_alpha.detach().exp()[:, None], {}        # (T, 1)
+    alpha, scale = agent.log_alpha.detach().exp()[:, None], len(everyone) * weights        # (T, 1), and (T,) around 1
 
     # Critics, Eq. 6 ------------------------------------------------------------------------------------------
     with torch.no_grad():
@@ -634,11 +628,9 @@ def update(args: Args, agent: SAC, optimizers: dict, buffer: TaskReplay, task: i
             next_actions, next_log_prob = squash(*agent.policy(next_obs), torch.randn(actions.shape).to(actions))
             next_value = agent.q(agent.target, next_obs, next_actions).amin(0) - alpha[critic_tasks] * next_log_prob
             target = rewards + args.gamma * (1 - terminations) * next_value                # (K, B)
-
-    def critic_loss(*params) -> Tensor:
-        return (agent.q(agent.critic, obs, actions, *params) - target).square().mean(-1).sum(0)
-    scale = len(everyone) * weights if args.method == "soft-modules" else 1.0
-    losses["critic"] = descend_mean(args, optimizers["critic"], agent.critic, critic_loss, rng, scale)
+    critic_loss = (agent.q(agent.critic, obs, actions) - target).square().mean(-1).sum(0)  # (K,)
+    weighted = scale * critic_loss if args.method == "soft-modules" else critic_loss
+    descend_mean(args, optimizers["critic"], agent.critic, weighted, rng)
 
     # Policy, Eq. 7 -------------------------------------------------------------------------------------------
     if correcting:
@@ -648,26 +640,24 @@ def update(args: Args, agent: SAC, optimizers: dict, buffer: TaskReplay, task: i
     if policy_tasks != critic_tasks:
         obs = buffer.sample(rng, policy_tasks, args.batch_size)[0]
     noise = torch.randn(*obs.shape[:-1], actions.shape[-1]).to(obs)    # of the CPU's generator, whatever the device
-    judges = [agent.critic] if teacher is None else [teacher.critic] if offline else [agent.critic, teacher.critic]
-
-    def actor_loss(*params) -> Tensor:
-        nonlocal log_prob
-        pi, log_prob = squash(*agent.policy(obs, *params), noise)
-        q = sum(agent.q(critic, obs, pi).amin(0) for critic in judges)
-        return (alpha[policy_tasks] * log_prob - q).mean(-1)
-    log_prob, scale = None, 1.0 if correcting else len(everyone) * weights[policy_tasks]
-    losses["actor"] = descend_mean(args, optimizers["actor"], agent.actor, actor_loss, rng, scale)
+    pi, log_prob = squash(*agent.policy(obs), noise)                   # (K, B, A), (K, B)
+    judges = ([] if offline else [agent.critic]) + ([teacher.critic] if teacher else [])
+    q = sum(agent.q(critic, obs, pi).amin(0) for critic in judges)
+    actor_loss = (alpha[policy_tasks] * log_prob - q).mean(-1)         # (K,)
+    weighted = actor_loss if correcting else scale[policy_tasks] * actor_loss
+    descend_mean(args, optimizers["actor"], agent.actor, weighted, rng)
 
     # Temperatures, each with an Adam of its own: what rests keeps its statistics --------------------------------
-    slopes = actions.shape[-1] - log_prob.detach().mean(-1, keepdim=True)      # entropy - target, (K, 1); target -A
-    for z, slope in zip(policy_tasks, slopes * torch.eye(len(everyone)).to(obs)[policy_tasks]):
-        agent.log_alpha.grad = slope
+    for z, entropy in zip(policy_tasks, -log_prob.detach().mean(-1)):
+        agent.log_alpha.grad = torch.zeros_like(weights)
+        agent.log_alpha.grad[z] = entropy + actions.shape[-1]          # of log_alpha (entropy - target), target -A
         optimizers[f"alpha{z}"].step()
 
     found = correct(args, agent, optimizers["correction"], states, before, weights) if correcting else {}
     with torch.no_grad():
         torch._foreach_lerp_(list(agent.target.parameters()), list(agent.critic.parameters()), args.tau)
-    return losses, found
+    losses = {"critic": critic_loss.detach().mean().cpu(), "actor": actor_loss.detach().mean().cpu()}
+    return losses, {name: value.cpu() for name, value in found.items()}
 
 
 def correct(args: Args, agent: SAC, optimizer: torch.optim.Optimizer, states: Tensor, before: tuple[Tensor, Tensor],
@@ -706,7 +696,9 @@ def correct(args: Args, agent: SAC, optimizer: torch.optim.Optimizer, states: Te
         if steps == args.correction_steps or not shortfall > 0:        # enough, or reached: not one step more
             break
         loss = kl + 0.5 * args.penalty * shortfall.square()
-        descend_mean(args, optimizer, agent.actor, lambda loss=loss: loss, None)
+        optimizer.zero_grad()
+        loss.backward(inputs=list(agent.actor.parameters()))
+        optimizer.step()
     return found | {"kl": kl.detach(), "steps": torch.tensor(float(steps))}
 
 
@@ -735,28 +727,67 @@ def evaluate(args: Args, act, stopped=lambda: False) -> dict[str, np.ndarray] | 
 
 def make_optimizers(args: Args, agent: SAC) -> dict[str, torch.optim.Optimizer]:
     """An Adam for the policy, for both critics, for the correction, and for each task's temperature."""
-    params = {"actor": agent.actor.parameters(), "critic": agent.critic.parameters()}
-    params |= {"correction": agent.actor.parameters()}
+    params = {"actor": agent.actor.parameters(), "critic": agent.critic.parameters(),
+              "correction": agent.actor.parameters()}
     params |= {f"alpha{z}": [agent.log_alpha] for z in range(len(args.tasks))}
     return {name: torch.optim.Adam(group, args.lr, fused=True) for name, group in params.items()}
 
 
-def load_experts(args: Args, obs_size: int, action_size: int) -> tuple[nn.ModuleList, TaskReplay, int]:
-    """KTM-DRL's experts, one per task, from a run of --method independent, with its replay and its number of steps."""
-    wanted = {"method": "independent", "env": args.env, "tasks": list(args.tasks), "seed": args.seed,
-              "num_goals": args.num_goals}
+def get_state(agents: nn.ModuleList, optimizers: list, buffer: TaskReplay, envs: list, rng) -> dict:
+    """All that the next step reads, but for Meta-World's simulators, whose state cannot be saved."""
+    worlds = [dict(obs=torch.from_numpy(each.obs), episodes=each.episodes, simulator=each.envs[0].state.tolist())
+              for each in envs if hasattr(each.envs[0], "state")]
+    return dict(agents=agents.state_dict(), buffer=buffer.get_state(), worlds=worlds,
+                optimizers=[{name: opt.state_dict() for name, opt in each.items()} for each in optimizers],
+                rng=json.dumps(rng.bit_generator.state), torch_rng=torch.get_rng_state())
+
+
+def restore(state: dict, optimizers: list, buffer: TaskReplay, envs: list, rng) -> None:
+    """Undo `get_state` for all but the agents; in Meta-World fresh episodes begin."""
+    for each, saved in zip(optimizers, state["optimizers"]):
+        for name, optimizer in each.items():                           # with --lr as it is now
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": saved[name]["state"]})
+    buffer.restore(state["buffer"])
+    rng.bit_generator.state = json.loads(state["rng"])
+    torch.set_rng_state(state["torch_rng"])
+    for each, world in zip(envs, state["worlds"]):
+        each.obs, each.episodes = world["obs"].numpy(), world["episodes"]
+        each.envs[0].state = np.array(world["simulator"])
+    if not state["worlds"]:
+        for each in envs:
+            each.reset()
+        tqdm.write("the simulators' states are not saved: the run goes on with fresh episodes, and a block anew")
+
+
+def load_experts(args: Args, obs_size: int, action_size: int) -> tuple[nn.ModuleList, TaskReplay]:
+    """KTM-DRL's experts, one per task, from a run of --method independent, with its replay."""
     path = (args.teachers or Path()) / "args.json"
     stored = json.loads(path.read_text(encoding="utf-8"))["args"] if path.exists() else {}
+    wanted = {"method": "independent", "env": args.env, "tasks": list(args.tasks), "seed": args.seed,
+              "num_goals": args.num_goals}
     if wanted != {key: stored.get(key) for key in wanted}:
-        flags = f"--env {args.env} --method independent --tasks {' '.join(args.tasks)} --seed {args.seed}"
-        flags += f" --num-goals {args.num_goals}" if args.num_goals else ""
-        sys.exit(f"--method ktm needs --teachers RUN, the run folder of: python {Path(__file__).name} {flags}")
-    state, paths = load_checkpoint(args.teachers), {"resume": None, "evaluate": None, "device": args.device}
-    teachers = nn.ModuleList(make_agent(Args(**stored | paths), obs_size, action_size) for _ in args.tasks)
+        sys.exit("--method ktm needs --teachers RUN, the run folder of --method independent with the same --env, "
+                 "--tasks, --seed and --num-goals")
+    like_them, state = replace(args, hidden_sizes=stored["hidden_sizes"]), load_checkpoint(args.teachers)
+    teachers = nn.ModuleList(make_agent(like_them, obs_size, action_size) for _ in args.tasks)
     teachers.load_state_dict(state["agents"])
     replay = TaskReplay([len(rows) for rows in state["buffer"]], obs_size, action_size, args.device)
     replay.restore(state["buffer"])
-    return teachers, replay, state["global_step"]
+    tqdm.write(f"first {args.offline_updates:,} updates on the data of the teachers, whose {state['global_step']:,} "
+               "environment steps come on top")
+    return teachers, replay
+
+
+def imitate(args: Args, agent: SAC, optimizers: dict, teachers: nn.ModuleList, replay: TaskReplay, count: int,
+            rng: np.random.Generator) -> dict[str, Tensor]:
+    """Update number `count` of KTM-DRL's first phase, on the teachers' replay and by their critics; its losses."""
+    task, weights = (count - 1) % len(teachers), current_weights(args, agent.log_alpha.detach(), [])
+    losses, _ = update(args, agent, optimizers, replay, task, weights, rng, teachers[task], offline=True)
+    if count == args.offline_updates:                                  # the second phase begins with these
+        agent.target.load_state_dict(agent.critic.state_dict())
+        for optimizer in optimizers.values():
+            optimizer.state.clear()
+    return losses
 
 
 def train(args: Args) -> Path:
@@ -786,65 +817,44 @@ def train(args: Args) -> Path:
     if args.evaluate:
         print_table(args.tasks, evaluate(args, act))
         return args.evaluate
+    teachers = [None] * num_tasks
     if args.method == "ktm":
-        teachers, teachers_replay, teachers_steps = load_experts(args, obs_size, action_size)
+        teachers, teachers_replay = load_experts(args, obs_size, action_size)
     buffer = TaskReplay([min(args.buffer_size, int(count)) for count in np.bincount(schedule, minlength=num_tasks)],
                         obs_size, action_size, args.device)
     run, global_step, at, offline = Run(args, args.env, args.tasks, state), 0, 0, 0        # at: place in the schedule
-    updates, watched, fill = [0] * num_tasks, defaultdict(list), num_tasks * args.learning_starts
+    updates, watched = [0] * num_tasks, defaultdict(list)              # of each task; since the last evaluation
+    fill = num_tasks * args.learning_starts
     if args.resume:
-        for each, saved in zip(optimizers, state["optimizers"]):
-            for name, optimizer in each.items():
-                optimizer.load_state_dict(saved[name])
+        restore(state, optimizers, buffer, envs, rng)
         global_step, at, offline, updates = (state[key] for key in ("global_step", "at", "offline", "updates"))
         watched |= state["watched"]
-        buffer.restore(state["buffer"])
-        rng.bit_generator.state = json.loads(state["rng"])
-        torch.set_rng_state(state["torch_rng"])
-        if state["worlds"]:
-            for each, world in zip(envs, state["worlds"]):
-                each.obs, each.episodes = world["obs"].numpy(), world["episodes"]
-                each.envs[0].restore(world["simulator"])
-        else:
-            for each in envs:
-                each.reset()
+        if not state["worlds"]:                                        # a block with one episode cut short begins anew
             at -= at % args.learning_starts if at < fill else (at - fill) % args.block_steps
-            tqdm.write("the simulators' states are not saved: the run goes on with fresh episodes, and a block anew")
 
     def save() -> None:
-        worlds = [dict(obs=torch.from_numpy(each.obs), episodes=each.episodes, simulator=each.envs[0].get_state())
-                  for each in envs if hasattr(each.envs[0], "get_state")]      # Meta-World's cannot be saved
-        run.save(global_step, dict(
-            agents=agents.state_dict(), at=at, offline=offline, updates=updates, watched=dict(watched), worlds=worlds,
-            optimizers=[{name: opt.state_dict() for name, opt in each.items()} for each in optimizers],
-            buffer=buffer.get_state(), rng=json.dumps(rng.bit_generator.state), torch_rng=torch.get_rng_state()))
+        counts = dict(at=at, offline=offline, updates=updates, watched=dict(watched))
+        run.save(global_step, counts | get_state(agents, optimizers, buffer, envs, rng))
 
-    weights = torch.full((num_tasks,), 1 / num_tasks, device=args.device)
-    if not args.resume:
-        save()                                                         # from here on a killed run can be resumed
-    if args.method == "ktm":
-        tqdm.write(f"teachers: {teachers_steps:,} environment steps; first {args.offline_updates:,} updates on those")
-    while offline < (args.offline_updates or 0) and not run.stop.is_set():     # KTM-DRL's first phase
-        task, offline = offline % num_tasks, offline + 1
-        losses, _ = update(args, agents[0], optimizers[0], teachers_replay, task, weights, rng, teachers[task], True)
-        run.log("offline", {name: loss.mean().cpu() for name, loss in losses.items()})
-        if offline == args.offline_updates:                            # its second one begins with these
-            agents[0].target.load_state_dict(agents[0].critic.state_dict())
-            optimizers[0] = make_optimizers(args, agents[0])
-        if offline % args.checkpoint_every == 0:
-            save()
-            tqdm.write(f"offline update {offline:,}/{args.offline_updates:,}")
+    save()                                                             # from here on a killed run can be resumed
     while True:
         # Evaluate: first, so that a run that was stopped during an evaluation makes it up ---------------------
-        if run.due(global_step):
-            result = evaluate(args, act, run.stop.is_set)
-            if result is not None:
-                extra = {key: float(np.mean(values)) for key, values in watched.items()}
-                extra |= {f"{name}/updates": count for name, count in zip(args.tasks, updates)}
-                watched.clear()
-                run.log_evaluation(global_step, result, extra)
+        if run.due(global_step) and (result := evaluate(args, act, run.stop.is_set)):
+            extra = {key: float(np.mean(values)) for key, values in watched.items()}
+            extra |= {f"{name}/updates": count for name, count in zip(args.tasks, updates)}
+            watched.clear()
+            run.log_evaluation(global_step, result, extra)
         if global_step >= args.total_timesteps or run.stop.is_set():
             break
+
+        # KTM-DRL's first phase, on the teachers' replay -------------------------------------------------------
+        if offline < (args.offline_updates or 0):
+            offline += 1
+            run.log("offline", imitate(args, agents[0], optimizers[0], teachers, teachers_replay, offline, rng))
+            if offline % args.checkpoint_every == 0:
+                save()
+                tqdm.write(f"offline update {offline:,}/{args.offline_updates:,}")
+            continue
 
         # Act in the active task, store ------------------------------------------------------------------------
         task, filling = int(schedule[at]), at < fill
@@ -861,21 +871,17 @@ def train(args: Args) -> Path:
 
         # Update: phase 1 on this task, phase 2 on all ---------------------------------------------------------
         if not filling and global_step % args.update_every == 0:
+            which = task % len(agents)                                 # the one agent, or the task's own
             log_alpha = torch.stack([agents[z % len(agents)].log_alpha[z].detach() for z in range(num_tasks)])
-            if args.method == "soft-modules":                          # the nearly solved weigh more
-                weights = torch.softmax(-log_alpha, dim=0)
-            elif args.weight_tau and min(updates) >= args.weight_warmup:
-                weights = task_weights(log_alpha.exp(), args.weight_tau)
-            which, teacher = task % len(agents), teachers[task] if args.method == "ktm" else None
-            losses, found = update(args, agents[which], optimizers[which], buffer, task, weights, rng, teacher)
+            weights = current_weights(args, log_alpha, updates)
+            losses, found = update(args, agents[which], optimizers[which], buffer, task, weights, rng, teachers[task])
             updates[task] += 1
-            run.log("losses", {name: loss.mean().cpu() for name, loss in losses.items()})
-            run.log("losses", {"alpha": log_alpha.exp().cpu()})
-            run.log("method", {name: value.cpu() for name, value in found.items()} | {"weight": weights.cpu()})
-            for name in ("hinge", "corrected", "kl", "steps") if found else ():
-                watched[name].append(found[name].item())
-            for name, weight in zip(args.tasks, weights.tolist()):
-                watched[f"{name}/weight"].append(weight)
+            run.log("losses", losses | {"alpha": log_alpha.exp().cpu()})
+            run.log("method", found | {"weight": weights.cpu()})
+            columns = {name: value.item() for name, value in found.items() if value.ndim == 0}
+            columns |= {f"{name}/weight": weight for name, weight in zip(args.tasks, weights.tolist())}
+            for name, value in columns.items():
+                watched[name].append(value)
 
         if crossed(global_step - 1, global_step, LOG_EVERY):
             run.write(global_step)
@@ -883,30 +889,28 @@ def train(args: Args) -> Path:
             save()
     save()
     if not run.stop.is_set():
-        plot_weights(run.dir, args.tasks)
+        plot_weights(run.dir, args.tasks, run.rows)
         print_table(args.tasks, result)
-        if args.method == "ktm":
-            print(f"{global_step:,} environment steps, {global_step + teachers_steps:,} with those of the teachers")
     run.close()
     return run.dir
 
 
 # --- Pictures of the method ------------------------------------------------------------------------------------------
-def plot_weights(folder: Path, names: list[str]) -> None:
-    """weights.png from metrics.csv: the tasks' weights over training (Figure 4), and how much is corrected."""
-    table = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True, deletechars="", ndmin=1)
-    if "corrected" not in table.dtype.names:
+def plot_weights(folder: Path, names: list[str], rows: list[dict]) -> None:
+    """weights.png: the tasks' weights over training (Figure 4), and how much is corrected."""
+    rows = [row for row in rows if "corrected" in row]                 # those after the first update
+    if not rows:
         return
+    steps = [row["global_step"] for row in rows]
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name in names:
-        left.plot(table["global_step"], table[f"{name}/weight"], label=name)
+    left.plot(steps, [[row[f"{name}/weight"] for name in names] for row in rows], label=names)
     left.set(xlabel=STEPS, ylabel="weight of the task", ylim=(0, 1))
     left.legend(frameon=False, fontsize=8)
-    right.plot(table["global_step"], table["corrected"])
+    right.plot(steps, [row["corrected"] for row in rows])
     right.set(xlabel=STEPS, ylabel="share of updates with a correction", ylim=(0, 1))
     kl = right.twinx()
-    kl.plot(table["global_step"], table["kl"], color="C1", linestyle="--")
+    kl.plot(steps, [row["kl"] for row in rows], color="C1", linestyle="--")
     kl.set_ylabel("KL from phase 1's policy [nats], dashed")
     for axis in (left, right):
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
