@@ -350,8 +350,7 @@ def test_header_pins_what_is_imported_and_nothing_else(script):
 def test_every_script_is_in_the_table_and_every_command_parses():
     assert set(SCRIPTS) == {f"{script}.py" for script in QUICK}
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "benchmark" / "README.md"]:
-        text = page.read_text(encoding="utf-8")
-        for line in re.findall(r"^(?:    |\$ )?python (\w+\.py .*|\w+\.py)$", text, re.M):
+        for line in re.findall(r"^(?:    |\$ )?python (\w+\.py .*|\w+\.py)$", page.read_text(encoding="utf-8"), re.M):
             words = shlex.split(line, comments=True)
             module = importlib.import_module(words[0].removesuffix(".py"))
             if not {"--resume", "--evaluate"} & set(words):
