@@ -253,12 +253,12 @@ def a2c_update(args: Args, agent: Agent, optimizer: torch.optim.Optimizer, obs: 
     """One A2C step of one agent; terms of the loss and the mean deviation of actions."""
     agent.filter.update(obs)                                           # once per update, before the loss
     policy, advantages = agent.policy(obs), returns - agent.value(obs)
-    losses = {"value": 0.5 * advantages.square().mean(),               # the advantage is a constant for the policy
+    losses = {"value": 0.5 * advantages.square().mean(),               # weight and norm of the authors' code, both 0.5
               "policy": -(advantages.detach() * policy.log_prob(actions).sum(-1)).mean(),
               "entropy": -args.entropy_coef * policy.entropy().sum(-1).mean()}
     optimizer.zero_grad()                                              # to None: RMSprop skips what a task does not use
     sum(losses.values()).backward()
-    nn.utils.clip_grad_norm_(agent.parameters(), 0.5)                  # of policy and critic together
+    nn.utils.clip_grad_norm_(agent.parameters(), 0.5)                  # of policy and critic together, L2
     optimizer.step()
     return {name: loss.item() for name, loss in losses.items()} | {"sigma": policy.stddev.mean().item()}
 
@@ -306,7 +306,7 @@ def train(args: Args) -> Path:
     agents.to(args.device)
     policies = {name: agent.policy for name, agent in agents.items()}
     if args.method == "finetune":
-        frozen = ("pi1", "v1", "v2") + ("pi2",) * (args.finetune_layers == "paper")
+        frozen = ("pi1", "pi2", "v1", "v2") if args.finetune_layers == "paper" else ("pi1", "v1", "v2")
         for name, param in agents.named_parameters():
             param.requires_grad_(name.split(".")[1] not in frozen)
         policies.setdefault(args.source_task, agents[args.tasks[0]].policy)        # evaluated too: what is forgotten
