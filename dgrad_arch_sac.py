@@ -434,8 +434,8 @@ def evaluate(args: Args, act, stopped=lambda: False) -> dict[str, np.ndarray] | 
 def train(args: Args) -> Path:
     """Act in every task, then one update of the shared networks; returns the run folder."""
     torch.set_num_threads(args.threads)
-    if args.device == "cpu":          # oneDNN's products where MKL has no fast path; with AMX they round to bfloat16
-        torch.set_float32_matmul_precision("medium")
+    if args.device == "cpu" and torch.cpu.get_capabilities().get("amx_bf16") is False:         # x86 without AMX:
+        torch.set_float32_matmul_precision("medium")   # oneDNN's products, often faster; others would round to bfloat16
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)                             # starts, replay indices, random actions
     num_tasks, envs = len(args.tasks), make_envs(args, rng)

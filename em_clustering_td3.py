@@ -517,8 +517,8 @@ def report(args: Args, agent: TD3, assignment: np.ndarray, result: dict[str, np.
 def train(args: Args) -> Path:
     """E-step and M-step in turns; returns the run folder."""
     torch.set_num_threads(args.threads)
-    if args.device == "cpu":          # oneDNN's products where MKL has no fast path; with AMX they round to bfloat16
-        torch.set_float32_matmul_precision("medium")
+    if args.device == "cpu" and torch.cpu.get_capabilities().get("amx_bf16") is False:         # x86 without AMX:
+        torch.set_float32_matmul_precision("medium")   # oneDNN's products, often faster; others would round to bfloat16
     torch.manual_seed(args.seed)
     rng, num_tasks = np.random.default_rng(args.seed), len(args.tasks)
     n = args.num_policies or (num_tasks if args.method in OWN_TASK else 1)

@@ -375,8 +375,8 @@ def evaluate(args: Args, emulators: list[AtariVectorEnv], policies: list[GamePol
 def train(args: Args) -> Path:
     """E-steps and M-steps in turns; returns the run folder."""
     torch.set_num_threads(args.threads)
-    if args.device == "cpu":          # oneDNN's products where MKL has no fast path; with AMX they round to bfloat16
-        torch.set_float32_matmul_precision("medium")
+    if args.device == "cpu" and torch.cpu.get_capabilities().get("amx_bf16") is False:         # x86 without AMX:
+        torch.set_float32_matmul_precision("medium")   # oneDNN's products, often faster; others would round to bfloat16
     torch.manual_seed(args.seed)
     rng, num_games = np.random.default_rng(args.seed), len(args.games)
     n = {"em": args.num_policies, "multihead": 1, "ppt": num_games}[args.method]

@@ -793,8 +793,8 @@ def imitate(args: Args, agent: SAC, optimizers: dict, teachers: nn.ModuleList, r
 def train(args: Args) -> Path:
     """Blocks of one task: act, phase 1, phase 2; returns the run folder."""
     torch.set_num_threads(args.threads)
-    if args.device == "cpu":          # oneDNN's products where MKL has no fast path; with AMX they round to bfloat16
-        torch.set_float32_matmul_precision("medium")
+    if args.device == "cpu" and torch.cpu.get_capabilities().get("amx_bf16") is False:         # x86 without AMX:
+        torch.set_float32_matmul_precision("medium")   # oneDNN's products, often faster; others would round to bfloat16
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)                             # starts, replay indices, random actions, orders
     num_tasks, schedule = len(args.tasks), draw_schedule(args)

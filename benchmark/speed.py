@@ -46,7 +46,8 @@ def our_sac(num_tasks: int, stacked: bool) -> list[float]:
 
         def forward(self, x, params=None):
             return torch.stack([net(x) for net in self.nets])
-    torch.set_float32_matmul_precision("medium")                       # as the script does
+    if torch.cpu.get_capabilities().get("amx_bf16") is False:          # as the script does
+        torch.set_float32_matmul_precision("medium")
     net, rng, args = sac.TaskMLP if stacked else Plain, np.random.default_rng(0), sac.Args(method="sac")
     agent = sac.SAC(net(1, num_tasks, [OBS, 256, 256, 2 * ACTIONS]), net(2, num_tasks, [OBS + ACTIONS, 256, 256, 1]),
                     num_tasks)

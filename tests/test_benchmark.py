@@ -1,22 +1,17 @@
 """The benchmark programs: verdicts that keep their promise, equal steps, runs that are neither lost nor repeated."""
 import json
 import os
-import re
-import shlex
 import signal
 import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
+import compare
 import numpy as np
 import pytest
-
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "benchmark"), str(ROOT)]
-import compare  # noqa: E402
-import run  # noqa: E402
+import run
+from conftest import ROOT
 
 RUNNER = [sys.executable, "benchmark/run.py"]
 METHODS = {name: entry["methods"] for name, entry in run.FIGURES.items() if "methods" in entry}
@@ -35,13 +30,6 @@ def test_an_entry_speaks_of_what_exists_and_its_commands_parse(name):
         module.tyro.cli(module.Args, args=[word.replace("{needs}", str(ROOT)) for word in command[2:]])
 
 
-def test_commands_on_pages_parse():
-    pages = [ROOT / "README.md", ROOT / "benchmark" / "README.md", *(ROOT / "docs").glob("*.md")]
-    found = [match for page in pages for match in re.findall(r"python benchmark/(run|compare)\.py ?([^`\n#]*)", page.read_text(encoding="utf-8"))]
-    assert len(found) > 5 and all(run.tyro.cli({"run": run, "compare": compare}[program].Args, args=shlex.split(flags))
-                                  for program, flags in found)
-
-
 # --- compare.py ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("better, worse, said", [
     ([5, 6, 7], [1, 2, 3], "agrees (interval 1.73 to 6.27)"), ([1, 2, 3], [5, 6, 7], "contradicts (interval -6.27 to"),
@@ -53,7 +41,7 @@ def test_verdicts(better, worse, said):
 
 def test_runs_of_other_length_and_number_of_tasks_meet_at_equal_steps_per_trained_task(tmp_path):
     for name, tasks, end, rise in (("two-1", ["a", "b"], 161, 1.1), ("two-2", ["a", "b"], 161, 1.2),
-                                   ("one-1", ["a"], 41, 2.1), ("one-2", ["a"], 41, 2.2)):      # 80 and 40 steps per task
+                                   ("one-1", ["a"], 41, 2.1), ("one-2", ["a"], 41, 2.2)):     # 80 and 40 steps per task
         (tmp_path / name).mkdir()
         rows = [[step, *[rise * step / len(tasks)] * 3] for step in range(10 * len(tasks), end, 10)]
         header = "global_step,mean_return,a/return,b/return"
@@ -88,7 +76,10 @@ while step < total and not stop:
 sys.exit(143 if stop else total == 13)
 """
 TOML = """
-first = { script = "toy.py", methods.slow = "--total-timesteps 200", methods.bad = "--total-timesteps 13", laptop.seeds = [1, 2] }
+[first]
+script = "toy.py"
+methods = { slow = "--total-timesteps 200", bad = "--total-timesteps 13" }
+laptop.seeds = [1, 2]
 [second]
 script = "toy.py"
 methods.own = "--source {needs}"
@@ -117,7 +108,7 @@ def test_a_stopped_runner_stops_its_runs_and_goes_on_with_them(runner, tmp_path,
     first.send_signal(number)
     assert "stopped; the same command goes on" in first.communicate(timeout=60)[0] and first.returncode == 1
     assert "3600" not in (run_folder / "metrics.csv").read_text() and not results.exists()
-    output = runner([*RUNNER, "first"]).communicate(timeout=60)[0]                # goes on with one, makes three; two fail
+    output = runner([*RUNNER, "first"]).communicate(timeout=60)[0]             # goes on with one, makes three; two fail
     assert "4 runs, 4 of them missing" in output and output.count("ended with status 1: see log.txt there") == 2
     assert {file.name for file in results.iterdir()} == {"slow-s1.csv", "slow-s2.csv", "runs.json"}
     about = json.loads((results / "runs.json").read_text())["slow-s1"]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from torch.distributions import Normal, TanhTransform, TransformedDistribution
+from conftest import squashed_gaussian
 
 import dgrad_arch_sac as dg
 import pcgrad_sac as pc
@@ -31,17 +31,12 @@ def test_projection_by_hand(grads, order, projected):
     assert result.numpy() == pytest.approx(np.array(projected, float), abs=1e-6)
 
 
-def test_random_orders_and_invariants():
+def test_orders_are_random_and_fresh_for_every_task():
     rng, three = np.random.default_rng(0), torch.tensor(THREE, dtype=torch.float64)
     totals = [pc.project_conflicts(three, pc.draw_visit_order(3, rng)).sum(0).tolist() for _ in range(1_000)]
     for total in ((0, 0.25, 1.75), (0, 0.5, 1.5), (0.5, 0.25, 1.75), (0.5, 0.5, 1.5)):         # a fresh order per task
         assert np.isclose(totals, total).all(1).mean() == pytest.approx(0.25, abs=0.06)
     assert pc.draw_visit_order(3, None).tolist() == [[1, 2], [0, 2], [0, 1]]
-    for num_tasks, size in [(2, 3), (5, 4), (10, 100)] * 20:
-        grads, order = torch.from_numpy(rng.normal(size=(num_tasks, size))), pc.draw_visit_order(num_tasks, rng)
-        projected = pc.project_conflicts(grads, order)
-        assert (projected.norm(dim=1) <= grads.norm(dim=1) + 1e-12).all()
-        assert all(projected[i] @ grads[order[i, -1]] > -1e-9 for i in range(num_tasks))        # nor does it overshoot
 
 
 class Plain(nn.Module):
@@ -76,10 +71,7 @@ class Plain(nn.Module):
 
     def sample(self, obs, task, noise):
         mean, log_std = self(obs, task).chunk(2, -1)
-        std = log_std.clamp(-20, 2).exp()
-        policy = TransformedDistribution(Normal(mean, std), TanhTransform(cache_size=1))
-        actions = policy.transforms[0](mean + std * noise)
-        return actions, policy.log_prob(actions).sum(-1)
+        return squashed_gaussian(mean, log_std.clamp(-20, 2), noise)
 
 
 def plain_step(args, nets, loss_of, rng):
@@ -162,8 +154,8 @@ def test_update_against_plain_modules(script, method, settings):
 
 
 def test_matrices_keep_lengths():
-    turns, signs = (dg.initial_matrices(4, 64, "orthogonal", diagonal) for diagonal in (False, True))
-    assert torch.allclose(turns @ turns.mT, torch.eye(64).expand(4, -1, -1), atol=1e-5) and (signs.square() == 1).all()
+    turns, signs = (dg.initial_matrices(4, 64, dg.Args().m_init, diagonal) for diagonal in (False, True))
+    assert torch.allclose(turns @ turns.mT, torch.eye(64), atol=1e-5) and (signs.square() == 1).all()
     cases = [({}, 0, 1 / 16), ({"m_init": "gaussian"}, 0, 1 / 16), ({"m_init": "identity"}, 1 / 256, 1 / 16),
              ({"method": "film"}, 1, 0), ({"method": "film", "m_init": "gaussian"}, 0, 1),
              ({"task_net_hidden": 32}, 0, 1 / 64), ({"method": "film", "task_net_hidden": 32}, 0, 1 / 4)]
@@ -171,7 +163,6 @@ def test_matrices_keep_lengths():
         matrices, shifts = dg.make_agent(dg.Args(env="mt3", hidden_sizes=(256,), **settings), 9, 4).critic.params[4:6]
         assert not shifts.any() and matrices.mean().item() == pytest.approx(mean, abs=0.07 * std)
         assert matrices.std().item() == pytest.approx(std, rel=0.03)
-    assert dg.Args().m_init == "orthogonal"
 
 
 @pytest.mark.parametrize("script, settings, layers, policy, critic", [                 # counts of the sheet, for MT10
@@ -188,9 +179,7 @@ def test_shared_layers_and_numbers_of_parameters(script, settings, layers, polic
 
 def test_squash_is_exact_where_the_tanh_is_saturated():
     mean, log_std, noise = torch.randn(3, 50, 2, dtype=torch.float64) / 2
-    actions, log_prob = pc.squash(mean, log_std, noise)
-    policy = TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform())
-    torch.testing.assert_close(log_prob, policy.log_prob(actions).sum(-1), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(pc.squash(mean, log_std, noise), squashed_gaussian(mean, log_std, noise))
     log_prob = pc.squash(torch.tensor([[-40.0], [40.0]]), torch.zeros(2, 1), torch.zeros(2, 1))[1]
     assert log_prob.tolist() == pytest.approx([80 - np.log(4) - np.log(2 * np.pi) / 2] * 2)   # 1 - tanh^2 = 4 exp(-80)
 
@@ -222,18 +211,6 @@ def test_tasks_are_meta_worlds_and_success_is_that_of_any_step():
         assert not terminations.any() and bool(ended) == (t == 99)
     assert ended[0] == {"episodic_return": pytest.approx(total), "episodic_length": 100, "success": 1}
     assert info["success"] == 0 and envs.obs[0] == pytest.approx([*stock.reset()[0], 0, 1], abs=1e-6)
-
-
-def test_pictures_of_two_tasks_do_not_mix():
-    def first_picture(*names):
-        envs, rng = [pc.MetaWorldTask(name, np.zeros(1), 3, 1) for name in names], np.random.default_rng(0)
-        for env in envs:
-            env.reset(rng)
-        return [env.render() for env in [*envs, envs[0]]][-1]
-    try:
-        assert np.array_equal(first_picture("reach"), first_picture("reach", "door-open"))
-    except SystemExit as error:
-        pytest.skip(str(error))
 
 
 def test_fifty_episodes_meet_fifty_goals_once():

@@ -17,18 +17,18 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 import tyro
-from conftest import ROOT, SCRIPTS
+from conftest import ROOT
 
 # A run of seconds that passes the first update, several evaluations and several checkpoints
-META_WORLD = ("--tasks reach drawer-close --horizon 30 --total-timesteps 480 --learning-starts 60 --hidden-sizes 16 16 "
-              "--batch-size 8 --eval-every 160 --eval-episodes 1 --checkpoint-every 120 --watch-every 3")
+META_WORLD = ("--tasks reach drawer-close --horizon 30 --total-timesteps 480 --learning-starts 60 --batch-size 8 "
+              "--hidden-sizes 16 16 --eval-every 160 --eval-episodes 1 --checkpoint-every 120 --watch-every 3")
 CHEETAHS = ("--tasks SmallFoot BigLeg --num-envs 2 --total-timesteps 3200 --eval-every 1280 --eval-episodes 1 "
             "--checkpoint-every 800 --hidden-size 8")
 QUICK = {
     "tabular_em": "--trials 3 --total-timesteps 40000 --eval-every 10000 --checkpoint-every 10000",
     "em_clustering_td3": "--num-policies 2 --total-timesteps 4800 --m-step-size 600 --e-step-episodes 2 "
-                         "--learning-starts 100 --update-every 3 --batch-size 16 --hidden-sizes 16 16 --eval-every 1200 "
-                         "--eval-episodes 1 --checkpoint-every 400",
+                         "--learning-starts 100 --update-every 3 --batch-size 16 --hidden-sizes 16 16 "
+                         "--eval-every 1200 --eval-episodes 1 --checkpoint-every 400",
     "iqn_em_atari": "--preset laptop --games DemonAttack Assault --total-timesteps 640 --m-step-size 80 --horizon 40 "
                     "--eval-steps 1 --eval-episodes 1 --learning-starts 20 --batch-size 4 --width 0.0625 "
                     "--eval-every 160 --checkpoint-every 120 --num-quantiles 4 4 4 --buffer-size 300",
@@ -40,11 +40,14 @@ QUICK = {
                  "--weight-warmup 2",
     "multitask_a2c": CHEETAHS, "distill_a2c": CHEETAHS + " --p-student 0.5",
 }
+OWN = {"seconds", "commands"}                              # what differs between checkpoints of equal runs,
+FRESH = {"rng", "torch_rng"}                               # and where first observations of fresh episodes are drawn
 EXACT = ("tabular_em", "multitask_a2c", "distill_a2c")     # their environments' whole state is in the checkpoint
 ONLY_FOR = {("qmp_sac", "qmp-domain"): "--env reacher --tasks 0 1 3",      # what a method needs beside the quick flags
             ("picor_sac", "soft-modules"): "--update-every 20", ("picor_sac", "ktm"): "--offline-updates 50"}
-WITHOUT = {"em_clustering_td3": ("--num-policies 2 ", "--m-step-size 600 --e-step-episodes 2 "), "iqn_em_atari": ("--m-step-size 80 ", "--eval-steps 1 "),
-           "picor_sac": ("--correction-states 8 ", "--weight-warmup 2", "--block-steps 30 ")}     # the first method's own flags
+WITHOUT = {"em_clustering_td3": ("--num-policies 2 ", "--m-step-size 600 --e-step-episodes 2 "),     # only the first
+           "iqn_em_atari": ("--m-step-size 80 ", "--eval-steps 1 "),                               # method has them
+           "picor_sac": ("--correction-states 8 ", "--weight-warmup 2", "--block-steps 30 ")}
 every_script, MADE = pytest.mark.parametrize("script", QUICK), {}       # MADE: runs that tests share
 
 
@@ -117,10 +120,6 @@ def test_alone_in_an_empty_folder(script, straight, tmp_path, request):
     about = json.loads((folder / "args.json").read_text(encoding="utf-8"))
     assert shlex.split(about["commands"][0])[2:] == command[2:] and about["versions"]["torch"]
     assert any(path.name.startswith("events") for path in folder.iterdir())
-
-
-OWN = {"seconds", "commands"}                              # what differs between checkpoints of equal runs,
-FRESH = {"rng", "torch_rng"}                               # and where first observations of fresh episodes are drawn
 
 
 # --- stop and go on --------------------------------------------------------------------------------------------------
@@ -267,21 +266,19 @@ def tensors(state) -> list[torch.Tensor]:
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
+HUGE = "--buffer-size 100000000000 --total-timesteps 1000000000000"
 BAD = {"--method nothing": "nothing", "--seed -1": "seed", "--total-timesteps 0": "total_timesteps",
        "--gamma 1.5": "gamma", "--lr 0": "lr", "--no-such-flag 1": "no-such-flag", "--resume {missing}": "missing",
        "--evaluate {other}": "other_script", "--resume {damaged} --total-timesteps 99999999": "damaged",
        "--resume {run} --seed 5": "--seed 1", "--resume {run} --total-timesteps 1": "--total-timesteps"}
 BAD_FOR = {
     "tabular_em": {"--num-policies 0": "num_policies", "--method sp --num-policies 2": "--num-policies"},
-    "em_clustering_td3": {"--method sp --num-policies 2": "--num-policies",
-                          "--method multihead --num-policies 3": "--num-policies",
-                          "--buffer-size 100000000000 --total-timesteps 1000000000000": "--buffer-size"},
-    "iqn_em_atari": {"--preset laptop --games MsPacMen": "MsPacman", "--method ppt --num-policies 4": "--num-policies",
-                     "--buffer-size 1000000000 --total-timesteps 1000000000000": "--buffer-size"},
-    "qmp_sac": {"--tasks 0 10": "tasks", "--capture-video": "--evaluate", "--kl-weight 1": "--kl-weight", "--env maze --method qmp-domain": "reacher",
-                "--buffer-size 100000000000 --total-timesteps 1000000000000": "--buffer-size"},
+    "em_clustering_td3": {"--method sp --num-policies 2": "--num-policies", HUGE: "--buffer-size"},
+    "iqn_em_atari": {"--preset laptop --games MsPacMen": "MsPacman", "--method ppt --num-policies 4": "--num-policies"},
+    "qmp_sac": {"--tasks 0 10": "tasks", "--capture-video": "--evaluate", "--kl-weight 1": "--kl-weight",
+                "--env maze --method qmp-domain": "reacher", HUGE: "--buffer-size"},
     "pcgrad_sac": {"--tasks reach-v3": "tasks", "--tasks reach": "--tasks", "--method sac --heads": "--heads",
-                   "--buffer-size 100000000000 --total-timesteps 1000000000000": "--buffer-size"},
+                   HUGE: "--buffer-size"},
     "dgrad_arch_sac": {"--tasks reach reach": "--tasks", "--horizon 501": "horizon"},
     "picor_sac": {"--tasks nowhere": "tasks", "--method mtsac --adaptive-weights": "--adaptive-weights",
                   "--method ktm": "--method independent"},
@@ -310,7 +307,7 @@ def test_bad_input_gets_one_sentence(script, flags, word, run, straight, tmp_pat
     assert not (tmp_path / "runs").exists()
 
 
-# --- the house: copies, pins, order ------------------------------------------------------------------------------------
+# --- the house: copies, pins, order ----------------------------------------------------------------------------------
 def test_same_name_means_same_text():
     texts = {}
     for script in QUICK:
@@ -323,35 +320,28 @@ def test_same_name_means_same_text():
 
 
 @every_script
-def test_importing_runs_nothing_and_names_stand_at_the_top(script):
-    tree = ast.parse((ROOT / f"{script}.py").read_text(encoding="utf-8"))
-    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
-    assert all(isinstance(node, allowed) for node in tree.body[1:-1]) and isinstance(tree.body[-1], ast.If)
-    assert all(ast.get_docstring(node) for node in tree.body
-               if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name != "Args")
-
-
-@every_script
-def test_header_pins_what_is_imported_and_nothing_else(script):
+def test_header_pins_what_is_imported_and_importing_runs_nothing(script):
     source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
     header = tomllib.loads(re.search(r"# /// script\n(.*?)# ///", source, re.S)[1].replace("\n# ", "\n")[2:])
     pins = {re.split(r"[=\[]", pin)[0]: pin for pin in header["dependencies"]}
     assert set(pins.values()) <= {*(ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines(),
                                   "gymnasium[mujoco]==1.4.0", "gymnasium[box2d]==1.4.0", "gymnasium==1.4.0"}
     assert header["requires-python"] == ">=3.11,<3.14"
-    imported = set()
-    for node in ast.walk(ast.parse(source)):
+    tree, imported = ast.parse(source), set()
+    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+    assert all(isinstance(node, allowed) for node in tree.body[1:-1]) and isinstance(tree.body[-1], ast.If)
+    for node in ast.walk(tree):
         imported |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
         imported |= {node.module} if isinstance(node, ast.ImportFrom) else set()
     packages = {name.partition(".")[0] for name in imported} - set(sys.stdlib_module_names) | {"tensorboard"}
     assert {{"PIL": "pillow", "ale_py": "ale-py"}.get(name, name) for name in packages} == set(pins)
 
 
-def test_every_script_is_in_the_table_and_every_command_parses():
-    assert set(SCRIPTS) == {f"{script}.py" for script in QUICK}
+def test_every_script_is_in_the_table_and_every_command_on_a_page_parses():
+    assert {path.stem for path in ROOT.glob("*.py")} == set(QUICK)
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "benchmark" / "README.md"]:
-        for line in re.findall(r"^(?:    |\$ )?python (\w+\.py .*|\w+\.py)$", page.read_text(encoding="utf-8"), re.M):
-            words = shlex.split(line, comments=True)
-            module = importlib.import_module(words[0].removesuffix(".py"))
-            if not {"--resume", "--evaluate"} & set(words):
-                tyro.cli(module.Args, args=words[1:])
+        commands = re.findall(r"python (?:benchmark/)?(\w+)\.py ?([^`\n#|]*)", page.read_text(encoding="utf-8"))
+        for program, flags in commands:
+            module, words = importlib.import_module(program), shlex.split(flags)
+            if program != "speed" and not {"--resume", "--evaluate", "--help"} & set(words):
+                tyro.cli(module.Args, args=words)

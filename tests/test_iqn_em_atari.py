@@ -1,5 +1,6 @@
-"""EM with quantile networks: an update in float64, the replay frame by frame, the emulator, who plays and learns what."""
+"""EM with quantile networks: an update in float64, the replay by frames, the emulator, who plays and learns what."""
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import ale_py
@@ -12,8 +13,7 @@ from ale_py.roms import get_rom_path
 import iqn_em_atari as iqn
 
 SMALL = dict(preset="laptop", games=("DemonAttack", "Assault"), total_timesteps=480, horizon=30, eval_episodes=1,
-             learning_starts=20, batch_size=4, width=1 / 16, num_quantiles=(3, 4, 5), buffer_size=400,
-             eval_every=10_000, checkpoint_every=10_000)
+             learning_starts=20, batch_size=4, width=1 / 16, num_quantiles=(3, 4, 5), buffer_size=400)
 
 
 # --- the games -------------------------------------------------------------------------------------------------------
@@ -83,7 +83,8 @@ def quantiles64(params, obs, taus, head):
     """The network once more, in float64 and from its parameters by name."""
     x = obs.double() / 255
     for name, kernel, stride in (("features.0", 8, 4), ("features.3", 4, 2), ("features.5", 3, 1)):
-        x = torch.relu(F.conv2d(same_padding(x, kernel, stride), params[f"{name}.weight"], params[f"{name}.bias"], stride))
+        weight, bias = params[f"{name}.weight"], params[f"{name}.bias"]
+        x = torch.relu(F.conv2d(same_padding(x, kernel, stride), weight, bias, stride))
     cosines = torch.stack([torch.cos(math.pi * i * taus) for i in range(1, 65)], dim=-1)
     embedded = torch.relu(cosines @ params["embedding.weight"].T + params["embedding.bias"])
     hidden = torch.relu((x.flatten(1)[:, None] * embedded) @ params["dense.weight"].T + params["dense.bias"])
@@ -140,15 +141,14 @@ def test_actions_are_the_best_of_each_rows_own_head_or_random():
 # --- replay ----------------------------------------------------------------------------------------------------------
 def fill(replay, lengths):
     """Episodes of frames 1, 2, 3, ...; action k, reward k / 10 at frame k. `lengths`: steps, whether it terminated."""
-    number, ends = 0, {}
+    first, ends = 1, {}
     for steps, terminated in lengths:
-        number += 1
-        first = number
-        replay.begin(np.full((84, 84), number, np.uint8))
-        for k in range(steps):
-            number += 1
-            replay.add(number - 1, (number - 1) / 10, terminated and k == steps - 1, np.full((84, 84), number, np.uint8))
-        ends |= {k: (first, number, terminated) for k in range(first, number + 1)}
+        last = first + steps
+        replay.begin(np.full((84, 84), first, np.uint8))
+        for k in range(first, last):
+            replay.add(k, k / 10, terminated and k == last - 1, np.full((84, 84), k + 1, np.uint8))
+        ends |= {k: (first, last, terminated) for k in range(first, last + 1)}
+        first = last + 1
     return ends
 
 
@@ -203,7 +203,8 @@ class Clock:
         self.time += 1
 
     def recv(self):
-        return np.zeros((1, 4, 84, 84), np.uint8), np.array([3]), np.array([self.time == self.length]), np.array([False]), {}
+        over = np.array([self.time == self.length])
+        return np.zeros((1, 4, 84, 84), np.uint8), np.array([3]), over, np.array([False]), {}
 
     def step(self, actions):
         self.send(actions)
@@ -211,12 +212,12 @@ class Clock:
 
 
 def test_whole_episodes_are_played_until_there_are_enough():
-    policies, emulators = [iqn.GamePolicy(iqn.Args(**SMALL), [3] * 3) for _ in range(2)], [Clock(10), Clock(20), Clock(40)]
-    pairs = [(0, 0), (1, 0), (1, 2), (0, 1)]
-    assert iqn.play_games(emulators, policies, pairs, [1], lambda: False, min_steps=25) == [
-        ([30.0] * 3, 30), ([30.0] * 3, 30), ([120.0], 40), ([60.0] * 2, 40)]
-    assert [len(scores) for scores, _ in iqn.play_games(emulators, policies, pairs, [1], lambda: False, 0, 2)] == [2] * 4
-    assert iqn.play_games(emulators, policies, pairs, [1], lambda: True) is None
+    policies = [iqn.GamePolicy(iqn.Args(**SMALL), [3] * 3) for _ in range(2)]
+    emulators = [Clock(10), Clock(20), Clock(40)]
+    play = partial(iqn.play_games, emulators, policies, [(0, 0), (1, 0), (1, 2), (0, 1)], [1])
+    scores = [[30.0] * 3, [30.0] * 3, [120.0], [60.0] * 2]
+    assert play(lambda: False, min_steps=25) == list(zip(scores, [30, 30, 40, 40]))
+    assert [len(scores) for scores, _ in play(lambda: False, 0, 2)] == [2] * 4 and play(lambda: True) is None
 
 
 def test_games_go_to_the_best_policy_who_learns_what_and_evaluations_come_when_they_are_due(monkeypatch, tmp_path):
@@ -240,16 +241,16 @@ def test_games_go_to_the_best_policy_who_learns_what_and_evaluations_come_when_t
         assert 1 <= batch[2].min() and batch[2].max() < 2.98           # three rewards, each clipped to 1
         return update(policy, batch, game)
     monkeypatch.setattr(iqn.GamePolicy, "step", watch_step), monkeypatch.setattr(iqn.GamePolicy, "update", watch_update)
-    monkeypatch.setattr(iqn, "play_games", watch_play), monkeypatch.setattr(iqn, "make_emulator", lambda args, game: Clock(25))
-    folder = iqn.train(iqn.Args(**SMALL | dict(num_policies=2, m_step_size=80, eval_steps=11, total_timesteps=400, n_step=3,
-                                               eval_every=100, learning_starts=5, runs_dir=tmp_path)))
+    monkeypatch.setattr(iqn, "play_games", watch_play)
+    monkeypatch.setattr(iqn, "make_emulator", lambda args, game: Clock(25))
+    folder = iqn.train(iqn.Args(**SMALL | dict(num_policies=2, m_step_size=80, eval_steps=11, total_timesteps=400,
+                                               n_step=3, eval_every=100, learning_starts=5, runs_dir=tmp_path)))
     assert len(played) == 400 and len(calls) == 3 + 4                  # the last M-step is cut short
     crossed, all_to_first, tie = {(0, 1), (1, 0)}, {(0, 0), (0, 1), (1, 0), (1, 1)}, {(0, 0), (1, 1)}
     for k, pairs in enumerate((crossed, all_to_first, tie)):           # a policy that got none plays both
         assert set(played[160 * k:160 * (k + 1)]) == pairs
         assert {pair for when, pair in learnt if 160 * k < when <= 160 * (k + 1)} == pairs
     columns = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True, deletechars="")
-    for name, values in (("max_return", [3.5, 5.5, 5.5, 2.5]), ("eval_steps", [28, 56, 56, 84]), ("mean_return", [75] * 4),
-                         ("DemonAttack/policy", [1, 0, 0, 0]), ("Assault/policy", [0, 0, 0, 1]),
-                         ("global_step", [100, 200, 300, 400])):
-        assert columns[name].tolist() == values, name
+    expected = {"max_return": [3.5, 5.5, 5.5, 2.5], "eval_steps": [28, 56, 56, 84], "mean_return": [75] * 4,
+                "DemonAttack/policy": [1, 0, 0, 0], "Assault/policy": [0, 0, 0, 1], "global_step": [100, 200, 300, 400]}
+    assert {name: columns[name].tolist() for name in expected} == expected

@@ -15,7 +15,8 @@ def trial(env="grid", number=0, **settings):
 
 
 def test_moves_and_rewards():
-    grid, chain, coded, printed = em.grid_tasks(), em.chain_tasks(), em.chain_tasks().rewards, em.chain_tasks(True).rewards
+    grid, chain, printed = em.grid_tasks(), em.chain_tasks(), em.chain_tasks(as_printed=True).rewards
+    coded = chain.rewards
     assert grid.goal == [0, 1, 7, 42, 43, 35, 48, 47, 41, 6, 5, 13] and grid.start == 24   # x + 7 y
     assert grid.moves[24] == [25, 31, 23, 17] and grid.moves[0] == [1, 7, 0, 0]            # +x, +y, -x, -y, or stay
     assert grid.rewards[6][0] == pytest.approx(1 / np.sqrt(72)) and grid.rewards[0][0] == 10
