@@ -543,20 +543,14 @@ def train(args: Args) -> Path:
         buffer.data[:, :len(buffer)] = state["buffer"].to(args.device)
         rng.bit_generator.state = json.loads(state["rng"])
         torch.set_rng_state(state["torch_rng"])
-        for task, total, length, *pendulum_state in state["episodes"]:
-            episodes.append(Episode(args, task, 0, HORIZON[args.env]))
-            episodes[-1].total, episodes[-1].length, episodes[-1].env.state = total, length, pendulum_state
-            episodes[-1].obs = episodes[-1].env._get_obs()
-        if args.env != "pendulum":
-            tqdm.write("the simulators' states are not saved: the run goes on with fresh episodes")
+        tqdm.write("the simulators' states are not saved: the run goes on with fresh episodes")
 
     def save() -> None:
         run.save(global_step, dict(
             agent=agent.state_dict(), optimizers={name: opt.state_dict()["state"] for name, opt in optimizers.items()},
             assignment=assignment.tolist(), e_steps=e_steps, num_added=buffer.num_added,
             buffer=buffer.data[:, :len(buffer)].clone(), rng=json.dumps(rng.bit_generator.state),
-            torch_rng=torch.get_rng_state(), episodes=[(e.task, e.total, e.length, *map(float, e.env.state))
-                                                       for e in episodes if args.env == "pendulum"]))
+            torch_rng=torch.get_rng_state()))
 
     def begin(policy: int) -> Episode:
         """A training episode, in a task drawn from the policy's own."""
