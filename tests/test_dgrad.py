@@ -8,6 +8,7 @@ import torch.nn as nn
 from conftest import squashed_gaussian
 
 import dgrad_arch_sac as dg
+import em_clustering_td3 as em
 import pcgrad_sac as pc
 
 T, B, OBS, A = 3, 5, 6, 2                                 # tasks, transitions per task, sizes of observation and action
@@ -178,21 +179,21 @@ def test_shared_layers_and_numbers_of_parameters(script, settings, layers, polic
 
 
 def test_squash_is_exact_where_the_tanh_is_saturated():
-    mean, log_std, noise = torch.randn(3, 50, 2, dtype=torch.float64) / 2
-    torch.testing.assert_close(pc.squash(mean, log_std, noise), squashed_gaussian(mean, log_std, noise))
     log_prob = pc.squash(torch.tensor([[-40.0], [40.0]]), torch.zeros(2, 1), torch.zeros(2, 1))[1]
     assert log_prob.tolist() == pytest.approx([80 - np.log(4) - np.log(2 * np.pi) / 2] * 2)   # 1 - tanh^2 = 4 exp(-80)
 
 
-def test_replay_is_a_ring_with_transitions_of_each_task():
-    buffer = pc.ReplayBuffer(2, 3, 1, 1, "cpu")
-    for t in range(5):
+@pytest.mark.parametrize("replay", [pc.ReplayBuffer, em.PolicyReplay])
+def test_replay_is_a_ring_with_transitions_of_each_task(replay):
+    buffer = replay(2, 3, 1, 1, "cpu")
+    for t in range(1, 6):
         obs = np.array([[t], [10 + t]])
-        buffer.add(obs, np.array([[0], [7]]), obs[:, 0] * 2, obs + 1, np.array([t == 3, False]))
+        buffer.add(obs, np.array([[0], [7]]), obs[:, 0] * 2, obs + 1, np.array([t == 4, False]))
+        assert set(buffer.sample(np.random.default_rng(0), 50)[0][0, :, 0].tolist()) == set(range(max(1, t - 2), t + 1))
     obs, actions, rewards, next_obs, ends = buffer.sample(np.random.default_rng(0), 200)
-    assert [set(row.flatten().tolist()) for row in obs] == [{2, 3, 4}, {12, 13, 14}] and len(buffer) == 3
+    assert [set(row.flatten().tolist()) for row in obs] == [{3, 4, 5}, {13, 14, 15}] and len(buffer) == 3
     assert torch.equal(next_obs, obs + 1) and torch.equal(rewards, 2 * obs[..., 0]) and (actions[1] == 7).all()
-    assert torch.equal(ends, (obs[..., 0] == 3).float())
+    assert torch.equal(ends, (obs[..., 0] == 4).float())
 
 
 def test_tasks_are_meta_worlds_and_success_is_that_of_any_step():

@@ -27,10 +27,10 @@ def column(folder, name):
 
 def test_pendulum_steps_by_hand():
     env = em.PendulumEnv(0.7)
-    env.state = 3 * math.pi / 2, 1.0                                   # wraps to -pi / 2; a torque of 5 is cut to 2
-    assert env.step(np.array([5.0]))[1] == pytest.approx(-((math.pi / 2) ** 2 + 0.1 + 0.004))
-    velocity = 1 + 0.05 * (3 * 10 / (2 * 0.7) * -1 + 3 / 0.49 * 2)
-    assert env.state == (pytest.approx(3 * math.pi / 2 + 0.05 * velocity), pytest.approx(velocity))
+    env.state = 11 * math.pi / 6, 1.0                                  # wraps to -pi / 6; a torque of 5 is cut to 2
+    assert env.step(np.array([5.0]))[1] == pytest.approx(-((math.pi / 6) ** 2 + 0.1 + 0.004))
+    velocity = 1 + 0.05 * (3 * 10 / (2 * 0.7) * -0.5 + 3 / 0.49 * 2)
+    assert env.state == (pytest.approx(11 * math.pi / 6 + 0.05 * velocity), pytest.approx(velocity))
     env.state = math.pi / 2, 8.0
     env.step(np.array([0.0]))                                          # the angle moves before the speed is limited
     assert env.state == (pytest.approx(math.pi / 2 + 0.05 * (8 + 0.05 * 15 / 0.7)), 8.0)
@@ -252,7 +252,8 @@ def descend(args, nets, optimizer, losses, rng):
 def test_updates_equal_those_of_plain_matrices_one_by_one(method, norm):
     args = small(method, lr=1e-2, action_scale=2.0, smoothing_noise=0.4, max_grad_norm=norm, preactivation_penalty=0.02)
     torch.manual_seed(1)
-    agent, rngs = em.TD3(args, 3, em.PendulumEnv(1.0)).double(), [np.random.default_rng(2) for _ in range(2)]
+    env = SimpleNamespace(observation_space=gym.spaces.Box(-1, 1, (3,)), action_space=gym.spaces.Box(-2, 2, (2,)))
+    agent, rngs = em.TD3(args, 3, env).double(), [np.random.default_rng(2) for _ in range(2)]
     for param in [*agent.actor_target.params, *agent.critic_target.params]:
         param.data += 0.1 * torch.randn_like(param)                    # or a slip in the targets would not show
     agent.actor_target.params[-1].data += 1                            # target actions must meet the limit
@@ -260,10 +261,10 @@ def test_updates_equal_those_of_plain_matrices_one_by_one(method, norm):
     ours = {name: torch.optim.Adam(getattr(agent, name).parameters(), 1e-2, eps=1e-7) for name in ("actor", "critic")}
     theirs = {name: torch.optim.Adam(set(sum(sum(nets[name], []), [])), 1e-2, eps=1e-7) for name in ours}
     for count in range(1, 8):
-        batch = [torch.randn(3, 20, 3), 4 * torch.rand(3, 20, 1) - 2, 10 * torch.randn(3, 20), torch.randn(3, 20, 3),
+        batch = [torch.randn(3, 20, 3), 4 * torch.rand(3, 20, 2) - 2, 10 * torch.randn(3, 20), torch.randn(3, 20, 3),
                  torch.rand(3, 20) < 0.3]
         batch, state = [field.double() for field in batch], torch.get_rng_state()
-        smooth, losses = (0.4 * torch.randn(3, 20, 1)).clamp(-0.5, 0.5), []
+        smooth, losses = (0.4 * torch.randn(3, 20, 2)).clamp(-0.5, 0.5), []
         torch.set_rng_state(state)
         found = em.td3_update(args, agent, ours, batch, count % 3 == 0, rngs[0])
         for i, (obs, actions, rewards, next_obs, ends) in enumerate(zip(*batch)):

@@ -215,7 +215,7 @@ def test_evaluating_a_run(script, run, straight, capsys):
         run(script, f"--evaluate {shlex.quote(str(folder))} --eval-episodes 2 --seed {seed}", quick=False)
         tables.append(capsys.readouterr().out)
     assert tables[0] == tables[1] and "return" in tables[0]
-    assert script == "tabular_em" or tables[2] != tables[0]            # other starts
+    assert script in ("tabular_em", "iqn_em_atari") or tables[2] != tables[0]              # other starts, few scores
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 

@@ -223,7 +223,7 @@ def test_whole_episodes_are_played_until_there_are_enough():
 def test_games_go_to_the_best_policy_who_learns_what_and_evaluations_come_when_they_are_due(monkeypatch, tmp_path):
     """Games of 25 steps that pay 3 each; E-steps find 3 around the numbers of a table, G[t, i]."""
     tables, played, learnt, calls, ids = iter([[[1, 2], [5, 3]], [[4, 2], [7, 1]], [[2, 2], [1, 3]]]), [], [], [], {}
-    play, step, update = iqn.play_games, iqn.GamePolicy.step, iqn.GamePolicy.update
+    play, step, update, act, rates = iqn.play_games, iqn.GamePolicy.step, iqn.GamePolicy.update, iqn.GamePolicy.act, []
 
     def watch_play(emulators, policies, pairs, seed, stopped, min_steps=0, min_episodes=1):
         calls.append(min_steps)
@@ -241,11 +241,14 @@ def test_games_go_to_the_best_policy_who_learns_what_and_evaluations_come_when_t
         assert 1 <= batch[2].min() and batch[2].max() < 2.98           # three rewards, each clipped to 1
         return update(policy, batch, game)
     monkeypatch.setattr(iqn.GamePolicy, "step", watch_step), monkeypatch.setattr(iqn.GamePolicy, "update", watch_update)
+    monkeypatch.setattr(iqn.GamePolicy, "act", lambda policy, *given: (rates.append(given[2]), act(policy, *given))[1])
     monkeypatch.setattr(iqn, "play_games", watch_play)
     monkeypatch.setattr(iqn, "make_emulator", lambda args, game: Clock(25))
     folder = iqn.train(iqn.Args(**SMALL | dict(num_policies=2, m_step_size=80, eval_steps=11, total_timesteps=400,
-                                               n_step=3, eval_every=100, learning_starts=5, runs_dir=tmp_path)))
+                                               n_step=3, eval_every=100, learning_starts=5, epsilon_period=170, runs_dir=tmp_path)))
     assert len(played) == 400 and len(calls) == 3 + 4                  # the last M-step is cut short
+    falling = 0.01 + 0.99 * np.clip(1.08 - np.arange(0, 400, 2) / 170, 0, 1)
+    assert set(falling.round(9)) <= set(np.round(rates, 9))
     crossed, all_to_first, tie = {(0, 1), (1, 0)}, {(0, 0), (0, 1), (1, 0), (1, 1)}, {(0, 0), (1, 1)}
     for k, pairs in enumerate((crossed, all_to_first, tie)):           # a policy that got none plays both
         assert set(played[160 * k:160 * (k + 1)]) == pairs

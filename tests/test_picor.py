@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import squashed_gaussian
+from torch.distributions import Normal
 
 import pcgrad_sac as pcgrad
 import picor_sac as picor
@@ -39,6 +40,29 @@ def test_weights_and_hinge_by_hand():
     assert picor.current_weights(now[1], alpha.log(), [499, 999]).tolist() == [0.5, 0.5]
 
 
+def test_goals_cheetahs_and_the_range_of_deviations(monkeypatch):
+    goal = picor.GoalTask("north-east", np.eye(4)[0])
+    for offset, reward in ((0.14, 1 - 0.14), (0.16, -0.16)):
+        goal.state = goal.goal + (offset - 0.1, 0)
+        assert goal.step(np.array([5.0, 0]))[1:] == (pytest.approx(reward), False, {"success": reward > 0})
+    info = {}
+    for info["x_velocity"] in (2.9, 3.1):
+        monkeypatch.setattr(picor.HalfCheetahEnv, "step", lambda *_: (np.zeros(17), 7, 0, 0, info))
+        assert picor.CheetahTask("BigLeg", np.ones(1)).step(np.zeros(6))[1:] == (7, False, {"success": info["x_velocity"] > 3})
+    agent = make()[1]
+    agent.actor.params[-1].data[..., 2:], agent.actor.params[-2].data[:] = torch.tensor([-99.0, 99.0]), 0
+    assert agent.policy(torch.randn(4, 3, 8))[1][2, 1].tolist() == [-5, 2]
+
+
+def test_ktms_second_phase_begins_with_its_critics_as_targets_and_fresh_optimizers():
+    args, agent, optimizers = make("ktm", offline_updates=5)
+    teachers = torch.nn.ModuleList(picor.make_agent(args, 8, 2) for _ in range(4))
+    for count in (4, 5):
+        picor.imitate(args, agent, optimizers, teachers, filled(), count, np.random.default_rng(0))
+        pairs = zip(agent.target.parameters(), agent.critic.parameters())
+        assert all(torch.equal(*pair) for pair in pairs) == (not optimizers["actor"].state) == (count == 5)
+
+
 def test_blocks():
     args = picor.Args(total_timesteps=1_000, learning_starts=10, block_steps=50, task_order="cycle")
     schedule = picor.draw_schedule(args)
@@ -46,12 +70,16 @@ def test_blocks():
     assert schedule[40::50][:6].tolist() == [0, 1, 2, 3, 0, 1] and (schedule[40:90] == 0).all()
 
 
-def test_replay_keeps_the_newest():
+def test_replay_keeps_the_newest_also_from_a_checkpoint():
     replay = picor.TaskReplay([3, 2], 1, 1, "cpu")
     for value in range(5):
         replay.add(0, [value], [0], float(value), [value], False)
     assert sorted(set(replay.sample(np.random.default_rng(0), [0], 50)[2].flatten().tolist())) == [2, 3, 4]
     assert set(replay.sample(np.random.default_rng(0), [0], 50, recent=1)[2].flatten().tolist()) == {4}
+    other = picor.TaskReplay([3, 2], 1, 1, "cpu")
+    other.restore(replay.get_state())
+    other.add(0, [5], [0], 5.0, [5], False)
+    assert sorted(other.data[0][:, 2].tolist()) == [3, 4, 5]           # the oldest has made room
 
 
 def test_soft_modules_against_a_plain_forward_pass():
@@ -85,34 +113,58 @@ def test_soft_modules_against_a_plain_forward_pass():
             torch.testing.assert_close(run(net.output, c, mixed[0]), expected)
 
 
-def test_correction_undoes_a_loss_stops_when_nothing_is_lost_and_moves_only_the_policy(monkeypatch):
+def test_a_correction_of_two_steps_against_plain_sums():
+    args, agent, _ = make(correction_steps=2)
+    args.c, before = 300.0, torch.randn(2, 4, 6, 2).double() / 2      # so much is never gained
+    for param in agent.double().parameters():
+        param.data += 0.1 * torch.randn(param.shape)
+    states, weights, plain = torch.randn(4, 6, 8).double(), torch.tensor([0.1, 0.2, 0.3, 0.4]), copy.deepcopy(agent)
+    torch.manual_seed(5)
+    found = picor.correct(args, agent, torch.optim.SGD(agent.actor.parameters(), 0.05), states, before, weights.double())
+    torch.manual_seed(5)
+    noise, *draws = [torch.randn(4, 6, 2).double() for _ in range(5)]
+
+    def value(policy):
+        actions, log_prob = squashed_gaussian(*policy, noise)
+        return torch.minimum(*plain.q(plain.critic, states, actions)) - plain.log_alpha.exp()[:, None].detach() * log_prob
+    q = torch.stack([torch.minimum(*plain.q(plain.critic, states, squashed_gaussian(*before, draw)[0])) for draw in draws])
+    old_value, old, params = value(before), [each.detach() for each in plain.policy(states)], list(plain.actor.parameters())
+    for step in range(2):
+        mean, log_std = plain.policy(states)
+        gains = [(value((mean, log_std))[z] - old_value[z]).mean() / q[:, z].std(0).mean() for z in range(4)]
+        missing = 300 * (1 - args.gamma) - sum(w * gain for w, gain in zip(weights, gains))
+        if step == 0:
+            assert found["hinge"].item() == pytest.approx(missing.item()) and missing > 0
+        kl = torch.distributions.kl_divergence(Normal(mean, log_std.exp()), Normal(old[0], old[1].exp())).sum(-1).mean()
+        for param, grad in zip(params, torch.autograd.grad(kl + args.penalty / 2 * missing**2, params)):
+            param.data -= 0.05 * grad
+    for new, expected in zip(agent.actor.parameters(), params):
+        torch.testing.assert_close(new, expected)
+
+
+def test_a_correction_undoes_a_loss_moves_only_the_policy_and_stops_when_nothing_is_lost(monkeypatch):
     args, agent, optimizers = make(correction_steps=3, hard_advantage=True)
     monkeypatch.setattr(agent, "q", lambda critic, obs, actions: -actions.square().sum(-1).expand(2, -1, -1))
-    states, weights, last = torch.randn(4, 6, 8), torch.full((4,), 0.25), agent.actor.params[-1]
-    with torch.no_grad():
-        last[..., :2] = 0.0
-        before = agent.policy(states)
-    found = picor.correct(args, agent, optimizers["correction"], states, before, weights)
+    states, weights, others = torch.randn(4, 6, 8), torch.full((4,), 0.25), [*agent.critic.parameters(), agent.log_alpha]
+    best, as_before = (torch.zeros(4, 6, 2), torch.zeros(4, 6, 2)), [copy.deepcopy(each) for each in others]
+    found = picor.correct(args, agent, optimizers["correction"], states, agent.policy(states), weights)
     assert found["steps"].item() == 0 and found["kl"].item() == pytest.approx(0, abs=1e-6)       # nothing has moved
-    with torch.no_grad():
-        last[..., :2] += 1.0                                           # phase 1 moves all actions away from 0
-        spoilt = agent.policy(states)[0].tanh().abs().mean()
-    critic = [param.detach().clone() for param in agent.critic.parameters()]
-    found = picor.correct(args, agent, optimizers["correction"], states, before, weights)
-    assert (found["advantage"] < 0).all() and found["hinge"] > 0 and found["steps"].item() == 3
-    assert agent.policy(states)[0].tanh().abs().mean() < spoilt and found["kl"] > 0
-    assert all(map(torch.equal, critic, agent.critic.parameters()))
+    agent.actor.params[-1].data[..., :2] += 1                          # phase 1 moves all actions away from 0
+    spoilt = agent.policy(states)[0].tanh().abs().mean()
+    assert picor.correct(args, agent, optimizers["correction"], states, best, weights)["steps"].item() == 3
+    assert agent.policy(states)[0].tanh().abs().mean() < spoilt and all(map(torch.equal, as_before, others))
     args.c = -1e9                                                      # everything may be lost
-    assert picor.correct(args, agent, optimizers["correction"], states, before, weights)["steps"].item() == 0
+    assert picor.correct(args, agent, optimizers["correction"], states, best, weights)["steps"].item() == 0
 
 
 @pytest.mark.parametrize("method, settings, offline", [
-    ("picor", {"no_correction": True}, False), ("picor", {"no_correction": True, "critic_batch": "active"}, False),
+    ("picor", {}, False), ("picor", {"no_correction": True}, False), ("picor", {"critic_batch": "active"}, False),
     ("mtsac", {}, False), ("mtmhsac", {}, False), ("g-surgery", {}, False), ("soft-modules", {}, False),
     ("independent", {}, False), ("ktm", {}, False), ("ktm", {"offline_updates": 9}, True)])
-def test_phase_one_against_plain_sums(method, settings, offline):
+def test_phase_one_against_plain_sums(method, settings, offline, monkeypatch):
     """An update of task 2 in float64, loss by loss and task by task, through networks that other tests know."""
     args, agent, optimizers = make(method, **settings)
+    monkeypatch.setattr(picor, "correct", lambda *given: {})           # that is phase 2
     for param in agent.double().parameters():                          # targets, temperatures: nothing is like another
         param.data += 0.1 * torch.randn(param.shape)
     optimizers = {name: torch.optim.SGD(each.param_groups[0]["params"], 0.1) for name, each in optimizers.items()}
@@ -121,8 +173,9 @@ def test_phase_one_against_plain_sums(method, settings, offline):
     teacher = picor.make_agent(args, 8, 2).double() if method == "ktm" else None
     judges = [plain.critic] * (not offline) + [teacher.critic for _ in range(method == "ktm")]         # of the policy
     active = [2] if method in ("picor", "independent", "ktm") else everyone
-    judged = everyone if settings == {"no_correction": True} else active                   # what critics learn from
+    judged = everyone if method == "picor" and "critic_batch" not in settings else active  # what critics learn from
     weights = torch.tensor([0.1, 0.2, 0.3, 0.4] if method in ("picor", "soft-modules") else [0.25] * 4).double()
+    corrected = method == "picor" and not args.no_correction           # then weights serve phase 2 alone
     ours, theirs = np.random.default_rng(1), np.random.default_rng(1)
     torch.manual_seed(5)
     picor.update(args, agent, optimizers, replay, 2, weights, ours, teacher, offline)
@@ -158,10 +211,12 @@ def test_phase_one_against_plain_sums(method, settings, offline):
     for z, q, target in zip(judged, plain.q(plain.critic, obs, actions).unbind(1), targets):
         losses.append((4 * weights[z] if method == "soft-modules" else 1) * (q - target).square().mean(1).sum())
     descend(plain.critic, losses)
+    if corrected:
+        replay.sample(theirs, everyone, args.correction_states, args.recent)
     obs = obs if active == judged else replay.sample(theirs, active, 16)[0]
     pi, log_prob = act(obs)
     q = sum(torch.minimum(*agent.q(critic, obs, pi)) for critic in judges)
-    descend(plain.actor, [4 * weights[z] * (alpha[z] * log_prob[k] - q[k]).mean() for k, z in enumerate(active)])
+    descend(plain.actor, [(1 if corrected else 4 * weights[z]) * (alpha[z] * log_prob[k] - q[k]).mean() for k, z in enumerate(active)])
     for k, z in enumerate(active):                                     # down where the entropy is above its target, -2
         plain.log_alpha.data[z] -= 0.1 * (2 - log_prob[k].mean().item())
     for old, online in zip(plain.target.parameters(), plain.critic.parameters()):

@@ -118,11 +118,15 @@ def test_the_maze_is_the_papers():
     maze = qmp.make_envs(qmp.Args(env="maze", device="cpu"), np.random.default_rng(0))
     assert maze.obs.shape == (10, 4) and maze.horizon == 600
     assert maze.envs[0].model.body_mass.max() == pytest.approx(4.18879, abs=1e-4)
+    assert "".join(qmp.MAZE).count("#") == maze.envs[0].model.ngeom - 2 == 62              # without floor and point
+    assert all(qmp.MAZE[row][column] == "." for places in qmp.MAZE_TASKS for row, column in places)
     before = maze.obs[0].astype(float)
     next_obs, rewards, terminations, _ = maze.step(np.ones((10, 2)))
     assert (rewards < 0).all() and not terminations.any()
     speed = (before[2:] + 0.01 * 100 / 4.18879) / (1 + 0.01 * 1 / 4.18879)     # implicit damping of 1
     assert next_obs[0, 2:] == pytest.approx(speed, abs=1e-3)
+    maze.envs[0].data.qvel[:] = 9
+    assert maze.envs[0].step(np.zeros(2))[0][2:] == pytest.approx(5 / (1 + 0.01 / 4.18879), abs=1e-3)
     for distance, over in ((0.49, True), (0.51, False)):
         task = maze.envs[0]
         task.data.qpos[:], task.data.qvel[:] = task.goal + (distance, 0), 0
@@ -160,12 +164,15 @@ def test_rewards_of_door_and_drawer_look_at_what_is_to_be_moved():
         assert 0 <= reward < 10 and not over and info == {"success": 0}
 
 
-def test_mixing_waits_and_shared_networks_have_updates_for_all_tasks(tmp_path, monkeypatch):
-    for name in ("update", "behave"):
+def test_when_policies_mix_are_updated_and_distilled(tmp_path, monkeypatch):
+    for name in ("update", "behave", "distill"):
         monkeypatch.setattr(qmp, name, Mock(wraps=getattr(qmp, name)))
-    qmp.train(qmp.Args(method="qmp-multihead", tasks=(0, 1, 2), hidden_size=8, total_timesteps=300, learning_starts=40,
-                       train_every=20, gradient_steps=2, batch_size=12, mixture_warmup=0.5, eval_episodes=1,
-                       device="cpu", runs_dir=tmp_path))
+    short = dict(tasks=(0, 1, 2), hidden_size=8, total_timesteps=300, learning_starts=40, train_every=20,
+                 gradient_steps=2, batch_size=12, eval_episodes=1, device="cpu", runs_dir=tmp_path)
+    qmp.train(qmp.Args(method="dnc", **short))
+    assert qmp.distill.call_count == 4                                 # of every tenth, those after the first update
+    qmp.behave.reset_mock(), qmp.update.reset_mock()
+    qmp.train(qmp.Args(method="qmp-multihead", mixture_warmup=0.5, **short))
     acted = [call[0][3] for call in qmp.behave.call_args_list if not call[1]]
     assert acted == ["separated"] * 50 + ["qmp-multihead"] * 50
     batches = [call[0][3][0].shape for call in qmp.update.call_args_list]      # after 60, 80 and 100 steps of a task
