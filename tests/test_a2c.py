@@ -226,14 +226,9 @@ def test_who_acts_and_teachers_by_name_from_two_runs(method, p, taught, tmp_path
         assert all(torch.equal(value, weights[key]) for key, value in turns[0][3].state_dict().items())
 
 
-def test_the_papers_settings_are_the_defaults():
-    args, scratch, student, single = a2c.Args(), a2c.Args(method="scratch"), di.Args(), di.Args(method="single")
-    assert args.tasks == student.tasks == ("SmallFoot", "BigFoot", "SmallLeg", "SmallThigh", "SmallTorso", "BigTorso")
-    for it in (args, student):
-        assert (it.num_envs, it.num_steps, it.hidden_size, it.lr, it.eval_episodes) == (16, 5, 64, 7e-4, 20)
-    assert [each.total_timesteps // 6 for each in (args, scratch, student, single)] == [1e6, 3e6, 1e6, 5e6]
-    assert (student.p_student, single.p_student) == (1.0, 0.0)
-    assert (args.gamma, args.entropy_coef) == (0.99, 0.01) and student.loss == "kl_teacher_student"
+def test_the_papers_lengths_and_how_networks_begin():
+    settings = a2c.Args(), a2c.Args(method="scratch"), di.Args(), di.Args(method="single")
+    assert [args.total_timesteps // len(args.tasks) for args in settings] == [1e6, 3e6, 1e6, 5e6]
     for name, param in a2c.Agent(64, "parameter").named_parameters():
         lengths = torch.tensor(0.01 if name == "pi3.weight" else float("weight" in name))
         assert torch.allclose(param.norm(dim=-1), lengths), name

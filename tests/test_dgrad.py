@@ -32,14 +32,6 @@ def test_projection_by_hand(grads, order, projected):
     assert result.numpy() == pytest.approx(np.array(projected, float), abs=1e-6)
 
 
-def test_orders_are_random_and_fresh_for_every_task():
-    rng, three = np.random.default_rng(0), torch.tensor(THREE, dtype=torch.float64)
-    totals = [pc.project_conflicts(three, pc.draw_visit_order(3, rng)).sum(0).tolist() for _ in range(1_000)]
-    for total in ((0, 0.25, 1.75), (0, 0.5, 1.5), (0.5, 0.25, 1.75), (0.5, 0.5, 1.5)):         # a fresh order per task
-        assert np.isclose(totals, total).all(1).mean() == pytest.approx(0.25, abs=0.06)
-    assert pc.draw_visit_order(3, None).tolist() == [[1, 2], [0, 2], [0, 1]]
-
-
 class Plain(nn.Module):
     """One copy of a stacked network as modules for loops, in float64: `linears[layer][task]`, or one that is shared."""
 

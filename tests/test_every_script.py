@@ -274,7 +274,8 @@ BAD = {"--method nothing": "nothing", "--seed -1": "seed", "--total-timesteps 0"
 BAD_FOR = {
     "tabular_em": {"--num-policies 0": "num_policies", "--method sp --num-policies 2": "--num-policies"},
     "em_clustering_td3": {"--method sp --num-policies 2": "--num-policies", HUGE: "--buffer-size"},
-    "iqn_em_atari": {"--preset laptop --games MsPacMen": "MsPacman", "--method ppt --num-policies 4": "--num-policies"},
+    "iqn_em_atari": {"--preset laptop --games MsPacMen": "MsPacman", "--method ppt --num-policies 4": "--num-policies",
+                     HUGE: "--buffer-size"},
     "qmp_sac": {"--tasks 0 10": "tasks", "--capture-video": "--evaluate", "--kl-weight 1": "--kl-weight",
                 "--env maze --method qmp-domain": "reacher", HUGE: "--buffer-size"},
     "pcgrad_sac": {"--tasks reach-v3": "tasks", "--tasks reach": "--tasks", "--method sac --heads": "--heads",

@@ -30,17 +30,6 @@ def test_moves_and_rewards():
     assert set(coded[2][:50]) == {-0.1}                                # only the goal pays
 
 
-@pytest.mark.parametrize("tasks", [em.grid_tasks(), em.chain_tasks(), em.chain_tasks(as_printed=True)])
-def test_optimum_is_the_best_of_all_shortest_paths(tasks):
-    best, after = [], np.array(tasks.moves)                            # (S, A)
-    for rewards, goal in zip(np.array(tasks.rewards), tasks.goal):
-        values = np.full(len(after), -np.inf)                          # best return on the way into the goal
-        while values[tasks.start] == -np.inf:
-            values = np.where(after == goal, rewards[after], rewards[after] + values[after]).max(1)
-        best.append(values[tasks.start])
-    assert np.mean(best) == pytest.approx(tasks.optimum, abs=5e-4)
-
-
 def test_e_step_and_evaluation_of_known_policies():
     pair = trial("chain")
     pair.q = [RIGHT, LEFT]
