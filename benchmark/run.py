@@ -65,7 +65,8 @@ class Job:
     def about(self) -> tuple[dict, int, float]:
         """Of a run that was begun: args.json, and how far metrics.csv goes, in steps and seconds."""
         about = json.loads((self.run_folder() / "args.json").read_text(encoding="utf-8"))
-        rows = (self.run_folder() / "metrics.csv").read_text(encoding="utf-8").splitlines()
+        table = self.run_folder() / "metrics.csv"                      # comes with the first evaluation
+        rows = table.read_text(encoding="utf-8").splitlines() if table.exists() else []
         step, seconds = rows[-1].split(",")[:2] if len(rows) > 1 else (0, 0)
         return about, int(step), float(seconds)
 
