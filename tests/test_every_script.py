@@ -26,17 +26,17 @@ CHEETAHS = ("--tasks SmallFoot BigLeg --num-envs 2 --total-timesteps 3200 --eval
             "--checkpoint-every 800 --hidden-size 8")
 QUICK = {
     "tabular_em": "--trials 3 --total-timesteps 40000 --eval-every 10000 --checkpoint-every 10000",
-    "em_clustering_td3": "--num-policies 2 --total-timesteps 4800 --m-step-size 600 --e-step-episodes 2 "
+    "em_clustering_td3": "--num-policies 2 --total-timesteps 3600 --m-step-size 600 --e-step-episodes 2 "
                          "--learning-starts 100 --update-every 3 --batch-size 16 --hidden-sizes 16 16 "
                          "--eval-every 1200 --eval-episodes 1 --checkpoint-every 400",
-    "iqn_em_atari": "--preset laptop --games DemonAttack Assault --total-timesteps 640 --m-step-size 80 --horizon 40 "
+    "iqn_em_atari": "--preset laptop --games DemonAttack Assault --total-timesteps 480 --m-step-size 120 --horizon 40 "
                     "--eval-steps 1 --eval-episodes 1 --learning-starts 20 --batch-size 4 --width 0.0625 "
                     "--eval-every 160 --checkpoint-every 120 --num-quantiles 4 4 4 --buffer-size 300",
     "qmp_sac": "--tasks 0 4 8 --total-timesteps 6000 --train-every 100 --learning-starts 200 --gradient-steps 3 "
                "--hidden-size 16 --batch-size 16 --eval-every 2700 --eval-episodes 1 --checkpoint-every 600",
     "pcgrad_sac": META_WORLD, "dgrad_arch_sac": META_WORLD,
-    "picor_sac": "--total-timesteps 800 --horizon 20 --block-steps 30 --learning-starts 25 --hidden-sizes 16 16 "
-                 "--batch-size 16 --eval-every 240 --eval-episodes 1 --checkpoint-every 130 --correction-states 8 "
+    "picor_sac": "--total-timesteps 540 --horizon 20 --block-steps 30 --learning-starts 25 --hidden-sizes 16 16 "
+                 "--batch-size 16 --eval-every 170 --eval-episodes 1 --checkpoint-every 110 --correction-states 8 "
                  "--weight-warmup 2",
     "multitask_a2c": CHEETAHS, "distill_a2c": CHEETAHS + " --p-student 0.5",
 }
@@ -46,7 +46,7 @@ EXACT = ("tabular_em", "multitask_a2c", "distill_a2c")     # their environments'
 ONLY_FOR = {("qmp_sac", "qmp-domain"): "--env reacher --tasks 0 1 3",      # what a method needs beside the quick flags
             ("picor_sac", "soft-modules"): "--update-every 20", ("picor_sac", "ktm"): "--offline-updates 50"}
 WITHOUT = {"em_clustering_td3": ("--num-policies 2 ", "--m-step-size 600 --e-step-episodes 2 "),     # only the first
-           "iqn_em_atari": ("--m-step-size 80 ", "--eval-steps 1 "),                               # method has them
+           "iqn_em_atari": ("--m-step-size 120 ", "--eval-steps 1 "),                               # method has them
            "picor_sac": ("--correction-states 8 ", "--weight-warmup 2", "--block-steps 30 ")}
 every_script, MADE = pytest.mark.parametrize("script", QUICK), {}       # MADE: runs that tests share
 
@@ -174,7 +174,7 @@ def test_resuming_restores_all_that_was_saved(script, run, straight, tmp_path, m
     before = checkpoint(folder)
     with pytest.raises(SystemExit):
         run(script, f"--resume {shlex.quote(str(folder))} --total-timesteps 99999999 --lr 1e-5", quick=False)
-    first, second = map(begun, "23")
+    first, second = map(begun, "17")                                   # Meta-World has goals of these two already
     assert not all(same(first[key], second[key]) for key in first.keys() - OWN)
     after = checkpoint(folder)
     assert "'lr': 1e-05" in str(after) or script in ("tabular_em", "em_clustering_td3")   # these two save no step size
