@@ -159,8 +159,12 @@ DOMAIN_WEIGHTS = torch.tensor([[3, 2, 0, 1, 0], [2, 3, 1, 0, 0], [0, 1, 3, 1, 0]
 
 
 class SimulatedTask:
-    """A task with a MuJoCo `model` and its `data`, and a picture of them."""
+    """A task in MuJoCo: `model`, `data`, and a picture of them."""
     camera, renderer = "view", None
+
+    def __init__(self, xml: str):
+        self.model = mujoco.MjModel.from_xml_string(xml)
+        self.data = mujoco.MjData(self.model)
 
     def render(self) -> np.ndarray:
         """What the camera sees, (160, 160, 3) uint8."""
@@ -173,31 +177,28 @@ class SimulatedTask:
         return self.renderer.render()
 
 
-def maze_model(goal: tuple[int, int]) -> mujoco.MjModel:
-    """The point mass in D4RL's large maze. Cell (row, col) has its centre at world (row + 1, col + 1)."""
-    walls = "".join(f'<geom type="box" pos="{row + 1} {col + 1} 0" size=".5 .5 .2"/>'
-                    for row, line in enumerate(MAZE) for col, cell in enumerate(line) if cell == "#")
-    return mujoco.MjModel.from_xml_string(f"""
-    <mujoco>
-      <option timestep="0.01" gravity="0 0 0" iterations="20" integrator="Euler"/>
-      <default>
-        <geom condim="1" margin=".002" friction=".5 .1 .1" contype="2" conaffinity="1" density="1000"/>
-        <joint type="slide" damping="1" limited="false"/>
-        <motor gear="100" ctrllimited="true" ctrlrange="-1 1"/>
-      </default>
-      <worldbody>
-        <camera name="view" pos="5 6.5 14" xyaxes="0 1 0 -1 0 0"/>
-        <site pos="{goal[0] + 1.2} {goal[1] + 1.2} 0" size=".3" rgba="0 .8 0 1"/>
-        <geom type="plane" pos="0 0 -.1" size="40 40 .25" contype="1" conaffinity="0" rgba=".9 .9 .9 1"/>
-        {walls}
-        <body name="particle" pos="1.2 1.2 0">
-          <geom type="sphere" size=".1" contype="1" rgba="1 0 0 1"/>
-          <joint name="x" axis="1 0 0"/>
-          <joint name="y" axis="0 1 0"/>
-        </body>
-      </worldbody>
-      <actuator><motor joint="x"/><motor joint="y"/></actuator>
-    </mujoco>""")
+# The point mass in D4RL's large maze. Cell (row, col) has its centre at world (row + 1, col + 1), in metres
+MAZE_XML = """
+<mujoco>
+  <option timestep="0.01" gravity="0 0 0" iterations="20" integrator="Euler"/>
+  <default>
+    <geom condim="1" margin=".002" friction=".5 .1 .1" contype="2" conaffinity="1" density="1000"/>
+    <joint type="slide" damping="1" limited="false"/>
+    <motor gear="100" ctrllimited="true" ctrlrange="-1 1"/>
+  </default>
+  <worldbody>
+    <camera name="view" pos="5 6.5 14" xyaxes="0 1 0 -1 0 0"/>
+    <site pos="{goal[0]} {goal[1]} 0" size=".3" rgba="0 .8 0 1"/>
+    <geom type="plane" pos="0 0 -.1" size="40 40 .25" contype="1" conaffinity="0" rgba=".9 .9 .9 1"/>
+    {walls}
+    <body name="particle" pos="1.2 1.2 0">
+      <geom type="sphere" size=".1" contype="1" rgba="1 0 0 1"/>
+      <joint name="x" axis="1 0 0"/>
+      <joint name="y" axis="0 1 0"/>
+    </body>
+  </worldbody>
+  <actuator><motor joint="x"/><motor joint="y"/></actuator>
+</mujoco>"""
 
 
 class MazeTask(SimulatedTask):
@@ -209,8 +210,10 @@ class MazeTask(SimulatedTask):
     horizon, action_size, max_speed = 600, 2, 5.0         # m/s along each axis, enforced before each simulation step
 
     def __init__(self, start: tuple[int, int], goal: tuple[int, int]):
-        self.model, self.start, self.goal = maze_model(goal), np.array(start, float), np.array(goal, float)
-        self.data = mujoco.MjData(self.model)
+        self.start, self.goal = np.array(start, float), np.array(goal, float)
+        walls = "".join(f'<geom type="box" pos="{row + 1} {col + 1} 0" size=".5 .5 .2"/>'
+                        for row, line in enumerate(MAZE) for col, cell in enumerate(line) if cell == "#")
+        super().__init__(MAZE_XML.format(walls=walls, goal=self.goal + 1.2))
 
     def reset(self, rng: np.random.Generator) -> np.ndarray:
         """First observation of an episode: within 10 cm of the start, almost at rest."""
@@ -228,56 +231,48 @@ class MazeTask(SimulatedTask):
         return obs.astype(np.float32), math.exp(-distance) - 1.0, distance <= 0.5, {"success": distance <= 0.5}
 
 
-def reacher_model(variant: str) -> mujoco.MjModel:
-    """A Jaco arm of six joints without fingers: official masses, capsules instead of the official meshes.
-
-    "official" has a shoulder motor (joint 2) too weak to hold the arm at some goals; "strong" doubles its gear to 20.
-    Joint 5 starts (ref) outside its limits, as in the official model.
-    """
-    goals = "".join('<site pos="{} {} {}" size=".05" rgba="0 .8 0 1"/>'.format(*goal) for goal in REACHER_GOALS)
-    return mujoco.MjModel.from_xml_string(f"""
-    <mujoco>
-      <compiler angle="radian"/>
-      <option timestep="0.01" gravity="0 0 -9.8" iterations="10" integrator="Euler"/>
-      <default>
-        <joint type="hinge" axis="0 0 -1" range="-.698132 .698132" limited="true" damping="0.5" armature="0.01"/>
-        <geom type="capsule" mass="0" margin="0.001" contype="1" conaffinity="0"/>
-        <motor gear="10" ctrllimited="true" ctrlrange="-1 1"/>
-      </default>
-      <worldbody>
-        <camera name="view" pos="1.8 0 .9" xyaxes="0 1 0 -.35 0 1"/>{goals}
-        <geom type="plane" size="5 5 1" contype="1" conaffinity="1" rgba=".9 .9 .9 1"/>
-        <body name="base" pos="0 0 .25">
-        <body name="link_1" pos="0 0 .1535" quat="0 0 1 0">
-          <inertial pos="-1.14317e-6 .0102141 -.0637045" quat=".702792 .0778988 -.0778994 .702813"
-                    mass=".613151" diaginertia=".00149348 .00144012 .000401632"/>
-          <joint name="1" range="-.8 .8"/>
-        <body name="link_2" pos="0 0 -.1185" quat="0 0 .707107 .707107">
-          <inertial pos="0.206657 -1.55e-7 -.030675" mass="1.85031" diaginertia=".0402753 .0398125 .00121953"/>
-          <joint name="2" axis="0 0 1" range="-1.5 .7"/><geom fromto="0 0 0 .41 0 0" size=".04"/>
-        <body name="link_3" pos=".41 0 0" quat="0 .707107 .707107 0">
-          <inertial pos=".0847979 -1.18e-7 -.020283" quat="2.338e-5 .694869 1.997e-5 .719136"
-                    mass=".70372" diaginertia=".00386732 .00373181 .000358773"/>
-          <joint name="3"/><geom fromto="0 0 0 .207 0 -.011" size=".035"/>
-        <body name="link_4" pos=".207 0 -.01125" quat="0 .707107 0 -.707107">
-          <inertial pos=".00914824 4.5e-8 -.0370941" quat=".971237 -1.93e-5 -.238115 3.24e-5"
-                    mass=".227408" diaginertia=".000176463 .00017225 .000108303"/>
-          <joint name="4"/><geom fromto="0 0 0 .0343 0 -.0659" size=".03"/>
-        <body name="link_5" pos=".0343 0 -.06588" quat=".887011 0 -.461749 0">
-          <inertial pos=".00914824 4.5e-8 -.0370941" quat=".971237 -1.93e-5 -.238115 3.24e-5"
-                    mass=".227408" diaginertia=".000176463 .00017225 .000108303"/>
-          <joint name="5" ref="-2.8"/><geom fromto="0 0 0 .0343 0 -.0659" size=".03"/>
-        <body name="hand" pos=".0343 0 -.06588" quat=".627211 -.326506 -.326506 .627211">
-          <inertial pos=".0036132 -6.22e-5 -.0583749" quat=".669114 -.237618 -.23799 .66271"
-                    mass=".58074" diaginertia=".000817146 .000671192 .000606807"/>
-          <joint name="6"/><geom type="sphere" pos="0 0 -.06" size=".05" rgba="1 0 0 1"/>
-        </body></body></body></body></body></body></body>
-      </worldbody>
-      <actuator>
-        <motor joint="1" gear="5"/><motor joint="2" gear="{20 if variant == "strong" else 10}"/>
-        <motor joint="3"/><motor joint="4"/><motor joint="5"/><motor joint="6"/>
-      </actuator>
-    </mujoco>""")
+# A Jaco arm of six joints without fingers: official masses, capsules instead of the official meshes. Joint 5 starts
+# (ref) outside its limits, as in the official model
+REACHER_XML = """
+<mujoco>
+  <compiler angle="radian"/>
+  <option timestep="0.01" gravity="0 0 -9.8" iterations="10" integrator="Euler"/>
+  <default>
+    <joint type="hinge" axis="0 0 -1" range="-.698132 .698132" limited="true" damping="0.5" armature="0.01"/>
+    <geom type="capsule" mass="0" margin="0.001" contype="1" conaffinity="0"/>
+    <motor gear="10" ctrllimited="true" ctrlrange="-1 1"/>
+  </default>
+  <worldbody>
+    <camera name="view" pos="1.8 0 .9" xyaxes="0 1 0 -.35 0 1"/>{goals}
+    <geom type="plane" size="5 5 1" contype="1" conaffinity="1" rgba=".9 .9 .9 1"/>
+    <body name="base" pos="0 0 .25">
+    <body name="link_1" pos="0 0 .1535" quat="0 0 1 0"><joint name="1" range="-.8 .8"/>
+      <inertial pos="-1.14317e-6 .0102141 -.0637045" quat=".702792 .0778988 -.0778994 .702813"
+                mass=".613151" diaginertia=".00149348 .00144012 .000401632"/>
+    <body name="link_2" pos="0 0 -.1185" quat="0 0 .707107 .707107"><joint name="2" axis="0 0 1" range="-1.5 .7"/>
+      <inertial pos="0.206657 -1.55e-7 -.030675" mass="1.85031" diaginertia=".0402753 .0398125 .00121953"/>
+      <geom fromto="0 0 0 .41 0 0" size=".04"/>
+    <body name="link_3" pos=".41 0 0" quat="0 .707107 .707107 0"><joint name="3"/>
+      <inertial pos=".0847979 -1.18e-7 -.020283" quat="2.338e-5 .694869 1.997e-5 .719136"
+                mass=".70372" diaginertia=".00386732 .00373181 .000358773"/>
+      <geom fromto="0 0 0 .207 0 -.011" size=".035"/>
+    <body name="link_4" pos=".207 0 -.01125" quat="0 .707107 0 -.707107"><joint name="4"/>{wrist}
+    <body name="link_5" pos=".0343 0 -.06588" quat=".887011 0 -.461749 0"><joint name="5" ref="-2.8"/>{wrist}
+    <body name="hand" pos=".0343 0 -.06588" quat=".627211 -.326506 -.326506 .627211"><joint name="6"/>
+      <inertial pos=".0036132 -6.22e-5 -.0583749" quat=".669114 -.237618 -.23799 .66271"
+                mass=".58074" diaginertia=".000817146 .000671192 .000606807"/>
+      <geom type="sphere" pos="0 0 -.06" size=".05" rgba="1 0 0 1"/>
+    </body></body></body></body></body></body></body>
+  </worldbody>
+  <actuator>
+    <motor joint="1" gear="5"/><motor joint="2" gear="{gear}"/>
+    <motor joint="3"/><motor joint="4"/><motor joint="5"/><motor joint="6"/>
+  </actuator>
+</mujoco>"""
+WRIST = """
+      <inertial pos=".00914824 4.5e-8 -.0370941" quat=".971237 -1.93e-5 -.238115 3.24e-5"
+                mass=".227408" diaginertia=".000176463 .00017225 .000108303"/>
+      <geom fromto="0 0 0 .0343 0 -.0659" size=".03"/>"""
 
 
 class ReacherTask(SimulatedTask):
@@ -285,12 +280,14 @@ class ReacherTask(SimulatedTask):
 
     Observation (15,): joint angles and velocities [rad, rad/s], and which goal is next, one-hot; where the goals are is
     not observed. Action (6,): joint torques as a share of the motors' limits. A goal is touched within 5 cm.
+    The "official" shoulder motor (joint 2) is too weak to hold the arm at some goals; "strong" doubles its gear to 20.
     """
     horizon, action_size = 200, 6
 
     def __init__(self, task: int, variant: str):
-        self.model, self.task, self.goals = reacher_model(variant), task, REACHER_GOALS[list(REACHER_TASKS[task])]
-        self.data = mujoco.MjData(self.model)
+        self.task, self.goals = task, REACHER_GOALS[list(REACHER_TASKS[task])]
+        goals = "".join(f'<site pos="{x} {y} {z}" size=".05" rgba="0 .8 0 1"/>' for x, y, z in self.goals)
+        super().__init__(REACHER_XML.format(wrist=WRIST, goals=goals, gear=20 if variant == "strong" else 10))
         self.steps_per_stage = 30 if task == 4 else 1                  # holding still: any 30, not 30 in a row
 
     def reset(self, rng: np.random.Generator) -> np.ndarray:
@@ -322,34 +319,10 @@ class ReacherTask(SimulatedTask):
         return np.concatenate([self.data.qpos, self.data.qvel, np.arange(3) == self.stage], dtype=np.float32)
 
 
-def door_drawer_model() -> mujoco.MjModel:
-    """Meta-World's Sawyer arm at a table with its drawer and its door; the drawer comes first, as its tasks ask."""
-    from metaworld.asset_path_utils import full_V3_path_for
-    assets = Path(full_V3_path_for("sawyer_xyz/sawyer_drawer.xml")).parent.parent
-    part = f'<include file="{assets}/objects/assets/'
-    return mujoco.MjModel.from_xml_string(f"""
-    <mujoco>
-      <compiler meshdir="{assets}/sawyer_xyz" texturedir="{assets}/sawyer_xyz"/>
-      <include file="{assets}/scene/basic_scene.xml"/>
-      {part}drawer_dependencies.xml"/>{part}doorlock_dependencies.xml"/>{part}xyz_base_dependencies.xml"/>
-      <worldbody>
-        {part}xyz_base.xml"/>
-        <body name="drawer" pos=".4 .9 0">{part}drawer.xml"/></body>
-        <body name="door" pos="-.1 .9 .15">{part}doorlockB.xml"/></body>
-        <site name="goal" size=".02" rgba="0 .8 0 1"/>
-      </worldbody>
-      <actuator>
-        <position joint="r_close" kp="400" ctrllimited="true" ctrlrange="-1 1" user="1"/>
-        <position joint="l_close" kp="400" ctrllimited="true" ctrlrange="-1 1" user="1"/>
-      </actuator>
-      <equality><weld body1="mocap" body2="hand" solref=".02 1"/></equality>
-    </mujoco>""")
-
-
 class DoorDrawerTask(SimulatedTask):
     """One of four tasks at a table with a door and a drawer: open or close one of them, whatever the other is doing.
 
-    A Meta-World v3 task, with its control and reward, put into the scene with both objects. The one that is to be
+    A Meta-World v3 task, with its control and reward, in the drawer's scene with the door in it. The one that is to be
     moved starts anywhere in a range of 10 cm, the other in its place, closed. Nothing terminates.
     Observation (21,): hand [m], finger gap [0, 1], position and rotation of the drawer's and the door's handle, goal.
     Action (4,): displacement of the hand / 1 cm, and the closing of the fingers.
@@ -357,13 +330,21 @@ class DoorDrawerTask(SimulatedTask):
     horizon, action_size, camera = 500, 4, "corner3"
 
     def __init__(self, task: int):
-        from metaworld import envs
-        stock = (envs.SawyerDoorEnvV3, envs.SawyerDoorCloseEnvV3, envs.SawyerDrawerOpenEnvV3,
-                 envs.SawyerDrawerCloseEnvV3)[task]
-        model = door_drawer_model()
-        scene = {"_initialize_simulation": lambda stock: (model, mujoco.MjData(model))}
+        import metaworld
+        assets = Path(metaworld.__file__).parent / "assets"
+        super().__init__(f"""
+        <mujoco>
+          <compiler assetdir="{assets}/sawyer_xyz"/>
+          <include file="{assets}/sawyer_xyz/sawyer_drawer.xml"/>
+          <include file="{assets}/objects/assets/doorlock_dependencies.xml"/>
+          <worldbody>
+            <body name="door" pos="-.1 .9 .15"><include file="{assets}/objects/assets/doorlockB.xml"/></body>
+          </worldbody>
+        </mujoco>""")
+        self.model.body("drawer").pos = (0.4, 0.9, 0.0)
+        stock = metaworld.ALL_V3_ENVIRONMENTS[TASKS["metaworld"][task] + "-v3"]
+        scene = {"_initialize_simulation": lambda stock: (self.model, self.data)}
         self.stock, self.is_door = type("InOurScene", (stock,), scene)(), task < 2
-        self.model, self.data = model, self.stock.data
         self.starts = [(-0.1, 0.85, 0.15), (0.0, 0.95, 0.15)] if self.is_door else [(0.3, 0.9, 0.0), (0.4, 0.9, 0.0)]
         self.stock.hand_init_pos = np.array([-0.6 if task == 1 else 0.0, 0.6, 0.2])
         self.stock._set_task_called = True
