@@ -40,8 +40,6 @@ import signal
 import sys
 import threading
 import time
-from collections import defaultdict
-from dataclasses import asdict
 from datetime import datetime
 from functools import cache
 from importlib.metadata import distributions
@@ -552,7 +550,7 @@ class Run:
         """`family` begins the folder's name; `names` are the tasks'; `state` is the checkpoint to go on from, or {}."""
         if getattr(args, "capture_video", False):
             sys.exit("--capture-video goes with --evaluate RUN")
-        self.args, self.names, self.pending, self.rows = args, names, defaultdict(list), state.get("rows", [])
+        self.args, self.names, self.pending, self.rows = args, names, {}, state.get("rows", [])
         self.started, first_step = time.time() - state.get("seconds", 0.0), state.get("global_step", 0)
         if self.rows and self.rows[-1]["global_step"] >= args.total_timesteps:         # evaluated at its end, too
             sys.exit(f"{args.resume} has {first_step:,} steps already; give a larger --total-timesteps")
@@ -565,7 +563,7 @@ class Run:
         except Timeout:
             sys.exit(f"another process still writes to {self.dir}; stop it first")
         self.commands = [*state.get("commands", []), shlex.join(["python", *sys.argv])]
-        about = {"script": Path(__file__).stem, "commands": self.commands, "args": asdict(args),
+        about = {"script": Path(__file__).stem, "commands": self.commands, "args": vars(args),
                  "versions": {package.name: package.version for package in distributions()}}
         (self.dir / "args.json").write_text(json.dumps(about, indent=2, default=str), encoding="utf-8")
         self.writer = SummaryWriter(self.dir, purge_step=first_step + 1)
@@ -585,7 +583,7 @@ class Run:
     def log(self, group: str, values: dict) -> None:
         """Collect numbers, or one per task, (T,): `write` sends means to group/key and group/<task>/key."""
         for key, value in values.items():
-            self.pending[group, key].append(np.asarray(value))
+            self.pending.setdefault((group, key), []).append(np.asarray(value))
 
     def write(self, global_step: int) -> None:
         """What has come since the last call, to TensorBoard; the end of the run where it is not finite."""
@@ -593,8 +591,8 @@ class Run:
         for (group, key), values in self.pending.items():
             mean = np.mean(values, axis=0)                             # () or (T,)
             if not np.isfinite(mean).all():
-                sys.exit(f"{group}/{key} is not finite at step {global_step:,}; {self.dir / 'checkpoint.pt'} is from "
-                         "before that. A smaller --lr is the usual remedy")
+                self.close()
+                sys.exit(f"{group}/{key} is not finite at step {global_step:,}; resume {self.dir} with a smaller --lr")
             self.writer.add_scalar(f"{group}/{key}", mean.mean(), global_step)
             for name, value in zip(self.names, mean) if mean.ndim else ():
                 self.writer.add_scalar(f"{group}/{name}/{key}", value, global_step)
@@ -611,16 +609,14 @@ class Run:
         row = {f"mean_{kind}": values.mean() for kind, values in result.items()}
         row |= {f"{name}/{kind}": row.mean() for kind, rows in result.items() for name, row in zip(self.names, rows)}
         row = {key: float(f"{value:.6g}") for key, value in (row | extra).items()}
-        seconds = time.time() - self.started
-        self.rows.append({"global_step": global_step, "seconds": round(seconds, 1)} | row)
+        self.rows.append({"global_step": global_step, "seconds": round(time.time() - self.started, 1)} | row)
+        columns = dict.fromkeys(key for each in self.rows for key in each)
         with open(self.dir / "metrics.csv", "w", newline="", encoding="utf-8") as file:    # whole, so no row is torn
-            table = csv.DictWriter(file, dict.fromkeys(key for each in self.rows for key in each))
-            table.writeheader()
-            table.writerows(self.rows)
+            csv.writer(file).writerows([columns, *([each.get(key) for key in columns] for each in self.rows)])
         self.log("eval", row)
         self.write(global_step)
         means = "  ".join(f"{kind} {values.mean():.2f}" for kind, values in result.items())
-        tqdm.write(f"step {global_step:,}/{self.args.total_timesteps:,}  {means}  {global_step / seconds:,.0f} steps/s")
+        tqdm.write(f"step {global_step:,}/{self.args.total_timesteps:,}  {means}  {self.rows[-1]['seconds']:,.0f} s")
 
     def save(self, global_step: int, state: dict) -> None:
         """Write the checkpoint beside, then rename: a killed run leaves the previous one or this one, never half."""
@@ -631,7 +627,7 @@ class Run:
         os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
 
     def close(self) -> None:
-        """Draw the curves and say where everything is; after a signal, how to go on."""
+        """Draw the curves and let go of the folder, the screen and the signals; after a signal, say how to go on."""
         self.bar.close(), self.writer.close(), self.lock.release()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
@@ -639,7 +635,6 @@ class Run:
             plot_curves(self.dir, self.names, self.rows)
         if self.stop.is_set():
             sys.exit(f"stopped; go on with: {shlex.join(['python', sys.argv[0], '--resume', str(self.dir)])}")
-        print(f"run folder: {self.dir}")
 
 
 def plot_curves(folder: Path, names: list[str], rows: list[dict]) -> None:
@@ -692,4 +687,4 @@ def read_args(argv: list[str] | None = None) -> Args:
 
 
 if __name__ == "__main__":
-    train(read_args())
+    print(f"run folder: {train(read_args())}")

@@ -13,8 +13,8 @@ it (E-step), then train each policy with TD3 on episodes of its own tasks (M-ste
 task moves: a policy keeps its weights and all of its replay. tabular_em.py is the same in tables, the place to start.
 
     E-step: G[t, i], return of policy i on task t        play_pairs
-    assignment: argmax_i G[t, i]; empty sets get all     assign_tasks, clusters
-    M-step: TD3 on tasks drawn from T_i                  train, td3_update
+    assignment: argmax_i G[t, i]                         train
+    M-step: TD3 on tasks drawn from T_i, or from all     begin in train, td3_update
     gradient surgery (Yu et al. 2020), a baseline        project_conflicts, apply_gradients
 
 Differences from the paper, each explained in docs/em_clustering_td3.md:
@@ -43,8 +43,6 @@ import signal
 import sys
 import threading
 import time
-from collections import defaultdict
-from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import distributions
 from pathlib import Path
@@ -67,22 +65,18 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 # --- Settings --------------------------------------------------------------------------------------------------------
-PENDULUM = {
-    "all": dict(hidden_sizes=(64, 64), lr=3e-3, batch_size=128, update_every=1, exploration_noise=0.05,
-                smoothing_noise=0.1, buffer_size=2_000_000, total_timesteps=1_000_000, eval_every=50_000,
-                eval_episodes=20),
-    "em": dict(num_policies=4, m_step_size=50_000, e_step_episodes=20), "random-clusters": dict(num_policies=4),
-    "multihead": dict(hidden_sizes=(96, 64)), "surgery": dict(hidden_sizes=(128, 128))}
-WALKER = {
-    "all": dict(hidden_sizes=(400, 300), lr=1e-3, batch_size=1_000, update_every=3, exploration_noise=0.1,
-                smoothing_noise=0.2, buffer_size=5_000_000, total_timesteps=2_400_000, eval_every=200_000,
-                eval_episodes=5),
-    "em": dict(num_policies=4, m_step_size=200_000, e_step_episodes=20), "random-clusters": dict(num_policies=4),
-    "multihead": dict(hidden_sizes=(400, 400), update_every=5),
-    "surgery": dict(hidden_sizes=(800, 600), update_every=5)}
+PENDULUM = dict(  # {method: value}, where it depends on the method; methods that are missing there do without
+    hidden_sizes={"multihead": (96, 64), "surgery": (128, 128), "else": (64, 64)}, lr=3e-3, batch_size=128,
+    update_every=1, exploration_noise=0.05, smoothing_noise=0.1, buffer_size=2_000_000, total_timesteps=1_000_000,
+    eval_every=50_000, eval_episodes=20, num_policies={"em": 4, "random-clusters": 4}, m_step_size={"em": 50_000},
+    e_step_episodes={"em": 20})
+WALKER = PENDULUM | dict(
+    hidden_sizes={"multihead": (400, 400), "surgery": (800, 600), "else": (400, 300)}, lr=1e-3, batch_size=1_000,
+    update_every={"multihead": 5, "surgery": 5, "else": 3}, exploration_noise=0.1, smoothing_noise=0.2,
+    buffer_size=5_000_000, total_timesteps=2_400_000, eval_every=200_000, eval_episodes=5, m_step_size={"em": 200_000})
 PRESETS = {"pendulum": PENDULUM, "track": WALKER, "legs": WALKER}      # what a setting left at None becomes
-OWN_TASK = ("ppt", "multihead", "surgery")                    # methods with a policy, or a head, for each task
-SHARED = {"multihead": (False, True, False), "surgery": (True, True, False)}      # layers that all tasks have in common
+OWN_TASK = {  # methods with a policy, or a head, for each task: which of the three layers all tasks have in common
+    "ppt": (False, False, False), "multihead": (False, True, False), "surgery": (True, True, False)}
 STEPS = "environment steps, summed over policies"
 LOG_EVERY = 5_000                                             # environment steps between writes to TensorBoard
 FIXED = {"env", "method", "tasks", "seed", "num_policies", "hidden_sizes", "buffer_size", "action_scale", "flat_ground",
@@ -116,8 +110,7 @@ class Args:
     m_step_size: Positive | None = None       # training steps per policy and M-step, paper: T_M
     e_step_episodes: Positive | None = None   # deterministic episodes per policy and task in an E-step, paper: k
     common_starts: bool = True                # in an E-step all policies meet the same start states of a task
-    # largest mean action; pendulum: 2, its torque limit, in the paper's text
-    action_scale: Annotated[float, Field(gt=0, le=2)] = 1.0
+    action_scale: Annotated[float, Field(gt=0, le=2)] = 1.0  # largest mean action; paper's text: 2, pendulum's limit
     flat_ground: bool = False                 # legs: no bumps of 2 to 12 cm on flat ground, as in the paper's text
     timeout_is_terminal: bool = False         # no bootstrapping at time limits, as in the authors' code
     exploration_noise: NonNegative | None = None  # standard deviation of noise on training actions, clipped to +-0.5
@@ -139,11 +132,11 @@ class Args:
         self.tasks = self.tasks or tuple(TASKS[self.env])
         if set(self.tasks) - set(TASKS[self.env]) or len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"--tasks {' '.join(self.tasks)}: give different ones of {' '.join(TASKS[self.env])}")
-        preset = PRESETS[self.env]["all"] | PRESETS[self.env].get(self.method, {})
-        for name in set().union(*PRESETS[self.env].values()):
+        for name, value in PRESETS[self.env].items():
+            value = value.get(self.method, value.get("else")) if isinstance(value, dict) else value
             if getattr(self, name) is None:
-                setattr(self, name, preset.get(name))
-            elif name not in preset:
+                setattr(self, name, value)
+            elif value is None:
                 raise ValueError(f"--{name.replace('_', '-')} has no effect with --method {self.method}; leave it out")
         if not self.common_starts and self.method != "em" or self.flat_ground and self.env != "legs":
             raise ValueError("--no-common-starts goes with --method em, --flat-ground with --env legs; leave it out")
@@ -183,8 +176,7 @@ class PendulumEnv(pendulum.PendulumEnv):
 
     def step(self, action):
         (angle, velocity), torque = map(float, self.state), min(max(float(action[0]), -2.0), 2.0)
-        wrapped = (angle + math.pi) % (2 * math.pi) - math.pi
-        reward = -(wrapped**2 + 0.1 * velocity**2 + 0.001 * torque**2)
+        reward = -(pendulum.angle_normalize(angle)**2 + 0.1 * velocity**2 + 0.001 * torque**2)
         velocity += 0.05 * (15 / self.l * math.sin(angle) + 3 * torque / self.l**2)            # 3 g / (2 l)
         angle += 0.05 * velocity
         self.state = angle, min(max(velocity, -8.0), 8.0)     # after the angle has moved, as in Gym's first version
@@ -235,8 +227,7 @@ class WalkerEnv(bipedal_walker.BipedalWalker):
             body = self.world.CreateStaticBody(fixtures=fixture)
             body.color1 = body.color2 = (153, 153, 153)
             self.terrain.append(body)
-        end = (length - 1) * step
-        self.terrain_poly = [([(0, ground), (end, ground), (end, 0), (0, 0)], (102, 153, 76))]
+        self.terrain_poly = [([(0, ground), (length * step, ground), (length * step, 0), (0, 0)], (102, 153, 76))]
 
 
 def make_env(args: Args, name: str) -> PendulumEnv | WalkerEnv:
@@ -303,7 +294,7 @@ class TD3(nn.Module):
         super().__init__()
         self.scale, self.limit = args.action_scale, float(env.action_space.high[0])
         self.sizes = obs_size, action_size = *env.observation_space.shape, *env.action_space.shape
-        shared = SHARED.get(args.method, (False, False, False))
+        shared = OWN_TASK.get(args.method, (False, False, False))
         self.actor = PolicyMLP(1, num_policies, [obs_size, *args.hidden_sizes, action_size], shared)
         self.critic = PolicyMLP(2, num_policies, [obs_size + action_size, *args.hidden_sizes, 1], shared)
         self.actor_target, self.critic_target = copy.deepcopy(self.actor), copy.deepcopy(self.critic)
@@ -363,17 +354,6 @@ def check_memory(num_bytes: int, capacity: int) -> None:
 
 
 # --- The method ------------------------------------------------------------------------------------------------------
-def assign_tasks(returns: np.ndarray) -> np.ndarray:
-    """E-step: the policy that is best at each task, G (T, n) -> (T,); ties go to the lowest index."""
-    return returns.argmax(1)
-
-
-def clusters(assignment: np.ndarray, num_policies: int) -> list[np.ndarray]:
-    """The tasks that each policy trains on; one that no task, (T,), is assigned to trains on all of them."""
-    own = [np.flatnonzero(assignment == policy) for policy in range(num_policies)]
-    return [tasks if len(tasks) else np.arange(len(assignment)) for tasks in own]
-
-
 def random_clusters(num_tasks: int, num_policies: int, rng: np.random.Generator) -> np.ndarray:
     """Assignment for the ablation, (T,): tasks fall into n rows of ceil(T / n) slots each, one row per policy."""
     row_size = -(-num_tasks // num_policies)
@@ -553,8 +533,9 @@ def train(args: Args) -> Path:
             torch_rng=torch.get_rng_state()))
 
     def begin(policy: int) -> Episode:
-        """A training episode, in a task drawn from the policy's own."""
-        task = int(rng.choice(clusters(assignment, n)[policy]))
+        """A training episode, in a task drawn from T_i, the policy's own, or from all if it has got none."""
+        own = np.flatnonzero(assignment == policy)
+        task = int(rng.choice(own if len(own) else num_tasks))
         return Episode(args, task, rng.integers(2**31), HORIZON[args.env])
 
     save()                                                             # from here on a killed run can be resumed
@@ -564,7 +545,7 @@ def train(args: Args) -> Path:
             e_step_rng = np.random.default_rng([args.seed, 2, global_step])
             if played := play_pairs(args, agent, args.e_step_episodes, e_step_rng, args.common_starts, run.stop.is_set):
                 returns = played["return"].mean(-1).T                  # G, (T, n)
-                assignment, episodes = assign_tasks(returns), []       # what is running is cut short
+                assignment, episodes = returns.argmax(1), []           # ties: the lowest index; what is running is cut
                 e_steps[global_step] = assignment.tolist(), returns.max(1).tolist(), played["steps"]
 
         # Evaluate --------------------------------------------------------------------------------------------
@@ -646,7 +627,7 @@ class Run:
         """`family` begins the folder's name; `names` are the tasks'; `state` is the checkpoint to go on from, or {}."""
         if getattr(args, "capture_video", False):
             sys.exit("--capture-video goes with --evaluate RUN")
-        self.args, self.names, self.pending, self.rows = args, names, defaultdict(list), state.get("rows", [])
+        self.args, self.names, self.pending, self.rows = args, names, {}, state.get("rows", [])
         self.started, first_step = time.time() - state.get("seconds", 0.0), state.get("global_step", 0)
         if self.rows and self.rows[-1]["global_step"] >= args.total_timesteps:         # evaluated at its end, too
             sys.exit(f"{args.resume} has {first_step:,} steps already; give a larger --total-timesteps")
@@ -659,7 +640,7 @@ class Run:
         except Timeout:
             sys.exit(f"another process still writes to {self.dir}; stop it first")
         self.commands = [*state.get("commands", []), shlex.join(["python", *sys.argv])]
-        about = {"script": Path(__file__).stem, "commands": self.commands, "args": asdict(args),
+        about = {"script": Path(__file__).stem, "commands": self.commands, "args": vars(args),
                  "versions": {package.name: package.version for package in distributions()}}
         (self.dir / "args.json").write_text(json.dumps(about, indent=2, default=str), encoding="utf-8")
         self.writer = SummaryWriter(self.dir, purge_step=first_step + 1)
@@ -679,7 +660,7 @@ class Run:
     def log(self, group: str, values: dict) -> None:
         """Collect numbers, or one per task, (T,): `write` sends means to group/key and group/<task>/key."""
         for key, value in values.items():
-            self.pending[group, key].append(np.asarray(value))
+            self.pending.setdefault((group, key), []).append(np.asarray(value))
 
     def write(self, global_step: int) -> None:
         """What has come since the last call, to TensorBoard; the end of the run where it is not finite."""
@@ -687,8 +668,8 @@ class Run:
         for (group, key), values in self.pending.items():
             mean = np.mean(values, axis=0)                             # () or (T,)
             if not np.isfinite(mean).all():
-                sys.exit(f"{group}/{key} is not finite at step {global_step:,}; {self.dir / 'checkpoint.pt'} is from "
-                         "before that. A smaller --lr is the usual remedy")
+                self.close()
+                sys.exit(f"{group}/{key} is not finite at step {global_step:,}; resume {self.dir} with a smaller --lr")
             self.writer.add_scalar(f"{group}/{key}", mean.mean(), global_step)
             for name, value in zip(self.names, mean) if mean.ndim else ():
                 self.writer.add_scalar(f"{group}/{name}/{key}", value, global_step)
@@ -705,16 +686,14 @@ class Run:
         row = {f"mean_{kind}": values.mean() for kind, values in result.items()}
         row |= {f"{name}/{kind}": row.mean() for kind, rows in result.items() for name, row in zip(self.names, rows)}
         row = {key: float(f"{value:.6g}") for key, value in (row | extra).items()}
-        seconds = time.time() - self.started
-        self.rows.append({"global_step": global_step, "seconds": round(seconds, 1)} | row)
+        self.rows.append({"global_step": global_step, "seconds": round(time.time() - self.started, 1)} | row)
+        columns = dict.fromkeys(key for each in self.rows for key in each)
         with open(self.dir / "metrics.csv", "w", newline="", encoding="utf-8") as file:    # whole, so no row is torn
-            table = csv.DictWriter(file, dict.fromkeys(key for each in self.rows for key in each))
-            table.writeheader()
-            table.writerows(self.rows)
+            csv.writer(file).writerows([columns, *([each.get(key) for key in columns] for each in self.rows)])
         self.log("eval", row)
         self.write(global_step)
         means = "  ".join(f"{kind} {values.mean():.2f}" for kind, values in result.items())
-        tqdm.write(f"step {global_step:,}/{self.args.total_timesteps:,}  {means}  {global_step / seconds:,.0f} steps/s")
+        tqdm.write(f"step {global_step:,}/{self.args.total_timesteps:,}  {means}  {self.rows[-1]['seconds']:,.0f} s")
 
     def save(self, global_step: int, state: dict) -> None:
         """Write the checkpoint beside, then rename: a killed run leaves the previous one or this one, never half."""
@@ -725,7 +704,7 @@ class Run:
         os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
 
     def close(self) -> None:
-        """Draw the curves and say where everything is; after a signal, how to go on."""
+        """Draw the curves and let go of the folder, the screen and the signals; after a signal, say how to go on."""
         self.bar.close(), self.writer.close(), self.lock.release()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
@@ -733,7 +712,6 @@ class Run:
             plot_curves(self.dir, self.names, self.rows)
         if self.stop.is_set():
             sys.exit(f"stopped; go on with: {shlex.join(['python', sys.argv[0], '--resume', str(self.dir)])}")
-        print(f"run folder: {self.dir}")
 
 
 def plot_curves(folder: Path, names: list[str], rows: list[dict]) -> None:
@@ -786,4 +764,4 @@ def read_args(argv: list[str] | None = None) -> Args:
 
 
 if __name__ == "__main__":
-    train(read_args())
+    print(f"run folder: {train(read_args())}")

@@ -14,7 +14,7 @@ pays. Training is plain SAC on task i's own data, so a bad loan costs samples an
 
     behaviour policy, Q-switch (Sec. 4)                  behave
     soft policy evaluation and improvement               update
-    Divide-and-Conquer baseline                          pairwise_kl, distill
+    Divide-and-Conquer baseline                          update, distill
 
 Differences from the paper, each explained in docs/qmp_sac.md:
 1. ReLU instead of tanh units, as in the authors' code; 1M steps by default instead of 12M in the maze.
@@ -44,8 +44,6 @@ import signal
 import sys
 import threading
 import time
-from collections import defaultdict
-from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import distributions
 from pathlib import Path
@@ -538,10 +536,9 @@ def behave(args: Args, agent: SAC, obs: np.ndarray, method: str, explore: bool =
     """
     states, tasks = torch.from_numpy(obs).to(args.device), torch.arange(len(obs))
     repeated = states[:, None].expand(-1, len(obs), -1)                # (T, T, O): row i is T times the state of task i
+    inputs = repeated if method == "qmp-own" else states[:, None]      # T proposals of the own policy, or one
     if method in MIXTURES:
-        inputs = states.expand(len(obs), -1, -1)                       # (T, T, O): row j, for policy j, has all states
-    else:
-        inputs = repeated if method == "qmp-own" else states[:, None]
+        inputs = repeated.transpose(0, 1)                              # (T, T, O): row j, for policy j, has all states
     mean, log_std = agent.policy(inputs)
     noise = torch.randn(mean.shape).to(mean) if explore else torch.zeros_like(mean)
     samples = torch.tanh(mean + log_std.exp() * noise)
@@ -581,7 +578,10 @@ def update(args: Args, agent: SAC, optimizers: dict, batch: list[Tensor]) -> dic
     actor_loss = losses["actor"]
     if args.kl_weight is not None:                                     # Divide-and-Conquer: stay near the others
         states = obs[:, :max(1, obs.shape[1] // len(obs))].flatten(0, 1)                   # some of every task, (S, O)
-        losses["kl"] = pairwise_kl(*agent.policy(states.expand(len(obs), -1, -1))).sum(1)
+        mean, log_std = agent.policy(states.expand(len(obs), -1, -1))                      # (T, S, A)
+        pi_i = Normal(mean[:, None], log_std.exp()[:, None], validate_args=False)          # before the tanh, which
+        pi_j = Normal(mean.detach(), log_std.detach().exp(), validate_args=False)          # would not change the KL
+        losses["kl"] = kl_divergence(pi_j, pi_i).mean((2, 3)).sum(1)                       # only pi_i is moved
         actor_loss = actor_loss + args.kl_weight * losses["kl"]
     descend_sum(optimizers["actor"], actor_loss)
 
@@ -600,16 +600,6 @@ def descend_sum(optimizer: torch.optim.Optimizer, losses: Tensor) -> None:
     for param, grad in zip(params, torch.autograd.grad(losses.sum(), params)):
         param.grad = grad
     optimizer.step()
-
-
-def pairwise_kl(mean: Tensor, log_std: Tensor) -> Tensor:
-    """KL(pi_j || pi_i), (T, T), means over states and action dimensions; gradients reach policy i only.
-
-    All policies are in the same states, (T, S, A), before the tanh, which would not change the divergence.
-    """
-    pi_i = Normal(mean[:, None], log_std.exp()[:, None], validate_args=False)
-    pi_j = Normal(mean.detach(), log_std.detach().exp(), validate_args=False)
-    return kl_divergence(pi_j, pi_i).mean((2, 3))
 
 
 def distill(args: Args, agent: SAC, optimizer: torch.optim.Optimizer, buffer: ReplayBuffer, rng: np.random.Generator,
@@ -683,13 +673,13 @@ def train(args: Args) -> Path:
 
     buffer = ReplayBuffer(num_tasks, min(args.buffer_size, -(-args.total_timesteps // num_tasks)), obs_size,
                           action_size, args.device)
-    run, global_step, owed = Run(args, args.env, names, state), 0, 0   # updates that are still to be made
+    run, global_step = Run(args, args.env, names, state), 0
     recent = torch.zeros(num_tasks, num_tasks, dtype=torch.int64)      # steps of task i that policy j took ...
     counts = torch.zeros_like(recent)                                  # ... since the last evaluation, and before it
     if args.resume:
         for name, optimizer in optimizers.items():                     # with --lr as it is now
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizers"][name]["state"]})
-        global_step, buffer.num_added, owed = state["global_step"], state["num_added"], state["owed"]
+        global_step, buffer.num_added = state["global_step"], state["num_added"]
         counts, recent = state["counts"], state["recent"]
         buffer.data[:, :len(buffer)] = state["buffer"].to(args.device)
         rng.bit_generator.state = json.loads(state["rng"])
@@ -707,9 +697,8 @@ def train(args: Args) -> Path:
     def save() -> None:
         run.save(global_step, dict(
             agent=agent.state_dict(), optimizers={name: opt.state_dict() for name, opt in optimizers.items()},
-            counts=counts, recent=recent, owed=owed, num_added=buffer.num_added,
-            buffer=buffer.data[:, :len(buffer)].clone(), rng=json.dumps(rng.bit_generator.state),
-            torch_rng=torch.get_rng_state()))
+            counts=counts, recent=recent, num_added=buffer.num_added, buffer=buffer.data[:, :len(buffer)].clone(),
+            rng=json.dumps(rng.bit_generator.state), torch_rng=torch.get_rng_state()))
 
     save()                                                             # from here on a killed run can be resumed
     while True:
@@ -743,29 +732,23 @@ def train(args: Args) -> Path:
             run.log(f"tasks/{names[task]}", episode)
 
         # Update: plain SAC on every task's own data -----------------------------------------------------------
-        new_round = buffer.num_added % args.train_every == 0
-        if new_round and buffer.num_added > args.learning_starts:
-            owed = updates
-        while owed and not run.stop.is_set():                          # --resume makes up what a stop leaves
-            run.log("losses", update(args, agent, optimizers, buffer.sample(rng, batch_size)))
-            owed -= 1
-        if new_round:
+        if buffer.num_added % args.train_every == 0:
+            for _ in range(updates if buffer.num_added > args.learning_starts else 0):
+                if run.stop.is_set():                                  # the rest of this round is not made up
+                    break
+                run.log("losses", update(args, agent, optimizers, buffer.sample(rng, batch_size)))
             run.write(global_step)
         if crossed(global_step - num_tasks, global_step, args.checkpoint_every):
             save()
     save()
     if not run.stop.is_set():
         plot_mixture(run.dir, counts.numpy(), names)
-        if args.env == "maze":
-            plot_paths(run.dir, args, agent)
-        if args.env == "reacher":
-            plot_stages(run.dir, names, run.rows)
         print_table(names, result)
     run.close()
     return run.dir
 
 
-# --- Pictures of the method ------------------------------------------------------------------------------------------
+# --- Picture of the method -------------------------------------------------------------------------------------------
 def plot_mixture(folder: Path, counts: np.ndarray, names: list[str]) -> None:
     """Who borrows from whom: mixture.csv has the share of task i's steps that policy j took in row i, column j.
 
@@ -784,37 +767,6 @@ def plot_mixture(folder: Path, counts: np.ndarray, names: list[str]) -> None:
     figure.savefig(folder / "mixture.png", dpi=120)
 
 
-def plot_paths(folder: Path, args: Args, agent: SAC) -> None:
-    """paths.png: 600 steps of each task's own policy, drawn into the maze; they begin as an evaluation does."""
-    envs, paths = make_envs(args, np.random.default_rng([args.seed, 1])), []
-    for _ in range(envs.horizon):
-        actions, _ = behave(args, agent, envs.obs, "separated", explore=False)
-        paths.append(envs.step(actions)[0])
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axis = figure.subplots()
-    axis.imshow([[cell == "#" for cell in line] for line in MAZE], cmap="Greys", vmax=1.6)
-    for i, task in enumerate(args.tasks):
-        row, column = np.array(paths)[:, i, :2].T + 0.2                # qpos is 0.2 off the cells' centres
-        start, goal = np.array(MAZE_TASKS[task]) + 0.2
-        axis.plot(column, row, ".", color=f"C{task}", markersize=2)
-        axis.plot(start[1], start[0], "o", color=f"C{task}", label=f"task{task}")
-        axis.plot(goal[1], goal[0], "*", color=f"C{task}", markersize=14, markeredgecolor="black", markeredgewidth=0.5)
-    figure.legend(loc="outside right center", frameon=False)
-    axis.set(xlabel="column", ylabel="row", title="paths of the evaluated policies: dot = start, star = goal")
-    figure.savefig(folder / "paths.png", dpi=120)
-
-
-def plot_stages(folder: Path, names: list[str], rows: list[dict]) -> None:
-    """stages.png: how many of the three stages of each task its evaluated policy completes, over training."""
-    figure = Figure(figsize=(2.6 * len(names), 2.8), layout="constrained")
-    for axis, name in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names):
-        axis.fill_between([row["global_step"] for row in rows], [row[f"{name}/stages"] for row in rows], alpha=0.6)
-        axis.set(title=name, xlabel="environment steps", ylim=(0, 3.05))
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    figure.supylabel("stages completed")
-    figure.savefig(folder / "stages.png", dpi=120)
-
-
 # --- Run folder: the same text in every script -----------------------------------------------------------------------
 def crossed(before: int, after: int, period: int) -> bool:
     """Whether a multiple of `period` lies in (before, after]: the step counter grows by more than one."""
@@ -828,7 +780,7 @@ class Run:
         """`family` begins the folder's name; `names` are the tasks'; `state` is the checkpoint to go on from, or {}."""
         if getattr(args, "capture_video", False):
             sys.exit("--capture-video goes with --evaluate RUN")
-        self.args, self.names, self.pending, self.rows = args, names, defaultdict(list), state.get("rows", [])
+        self.args, self.names, self.pending, self.rows = args, names, {}, state.get("rows", [])
         self.started, first_step = time.time() - state.get("seconds", 0.0), state.get("global_step", 0)
         if self.rows and self.rows[-1]["global_step"] >= args.total_timesteps:         # evaluated at its end, too
             sys.exit(f"{args.resume} has {first_step:,} steps already; give a larger --total-timesteps")
@@ -841,7 +793,7 @@ class Run:
         except Timeout:
             sys.exit(f"another process still writes to {self.dir}; stop it first")
         self.commands = [*state.get("commands", []), shlex.join(["python", *sys.argv])]
-        about = {"script": Path(__file__).stem, "commands": self.commands, "args": asdict(args),
+        about = {"script": Path(__file__).stem, "commands": self.commands, "args": vars(args),
                  "versions": {package.name: package.version for package in distributions()}}
         (self.dir / "args.json").write_text(json.dumps(about, indent=2, default=str), encoding="utf-8")
         self.writer = SummaryWriter(self.dir, purge_step=first_step + 1)
@@ -861,7 +813,7 @@ class Run:
     def log(self, group: str, values: dict) -> None:
         """Collect numbers, or one per task, (T,): `write` sends means to group/key and group/<task>/key."""
         for key, value in values.items():
-            self.pending[group, key].append(np.asarray(value))
+            self.pending.setdefault((group, key), []).append(np.asarray(value))
 
     def write(self, global_step: int) -> None:
         """What has come since the last call, to TensorBoard; the end of the run where it is not finite."""
@@ -869,8 +821,8 @@ class Run:
         for (group, key), values in self.pending.items():
             mean = np.mean(values, axis=0)                             # () or (T,)
             if not np.isfinite(mean).all():
-                sys.exit(f"{group}/{key} is not finite at step {global_step:,}; {self.dir / 'checkpoint.pt'} is from "
-                         "before that. A smaller --lr is the usual remedy")
+                self.close()
+                sys.exit(f"{group}/{key} is not finite at step {global_step:,}; resume {self.dir} with a smaller --lr")
             self.writer.add_scalar(f"{group}/{key}", mean.mean(), global_step)
             for name, value in zip(self.names, mean) if mean.ndim else ():
                 self.writer.add_scalar(f"{group}/{name}/{key}", value, global_step)
@@ -887,16 +839,14 @@ class Run:
         row = {f"mean_{kind}": values.mean() for kind, values in result.items()}
         row |= {f"{name}/{kind}": row.mean() for kind, rows in result.items() for name, row in zip(self.names, rows)}
         row = {key: float(f"{value:.6g}") for key, value in (row | extra).items()}
-        seconds = time.time() - self.started
-        self.rows.append({"global_step": global_step, "seconds": round(seconds, 1)} | row)
+        self.rows.append({"global_step": global_step, "seconds": round(time.time() - self.started, 1)} | row)
+        columns = dict.fromkeys(key for each in self.rows for key in each)
         with open(self.dir / "metrics.csv", "w", newline="", encoding="utf-8") as file:    # whole, so no row is torn
-            table = csv.DictWriter(file, dict.fromkeys(key for each in self.rows for key in each))
-            table.writeheader()
-            table.writerows(self.rows)
+            csv.writer(file).writerows([columns, *([each.get(key) for key in columns] for each in self.rows)])
         self.log("eval", row)
         self.write(global_step)
         means = "  ".join(f"{kind} {values.mean():.2f}" for kind, values in result.items())
-        tqdm.write(f"step {global_step:,}/{self.args.total_timesteps:,}  {means}  {global_step / seconds:,.0f} steps/s")
+        tqdm.write(f"step {global_step:,}/{self.args.total_timesteps:,}  {means}  {self.rows[-1]['seconds']:,.0f} s")
 
     def save(self, global_step: int, state: dict) -> None:
         """Write the checkpoint beside, then rename: a killed run leaves the previous one or this one, never half."""
@@ -907,7 +857,7 @@ class Run:
         os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
 
     def close(self) -> None:
-        """Draw the curves and say where everything is; after a signal, how to go on."""
+        """Draw the curves and let go of the folder, the screen and the signals; after a signal, say how to go on."""
         self.bar.close(), self.writer.close(), self.lock.release()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
@@ -915,7 +865,6 @@ class Run:
             plot_curves(self.dir, self.names, self.rows)
         if self.stop.is_set():
             sys.exit(f"stopped; go on with: {shlex.join(['python', sys.argv[0], '--resume', str(self.dir)])}")
-        print(f"run folder: {self.dir}")
 
 
 def plot_curves(folder: Path, names: list[str], rows: list[dict]) -> None:
@@ -968,4 +917,4 @@ def read_args(argv: list[str] | None = None) -> Args:
 
 
 if __name__ == "__main__":
-    train(read_args())
+    print(f"run folder: {train(read_args())}")

@@ -116,10 +116,7 @@ def probes(monkeypatch):
     return Probe.started
 
 
-def test_assignments_by_hand():
-    assignment = em.assign_tasks(np.array([[1.0, 5.0, 2.0], [3.0, 3.0, -1.0], [0.0, 0.5, 0.4]]))           # (T, n)
-    assert assignment.tolist() == [1, 0, 1]                                                # the tie goes to policy 0
-    assert [tasks.tolist() for tasks in em.clusters(assignment, 3)] == [[1], [0, 2], [0, 1, 2]]
+def test_random_clusters_are_of_equal_size():
     drawn = [em.random_clusters(7, 4, np.random.default_rng(seed)) for seed in range(20)]
     assert all(sorted(np.bincount(a).tolist()) == [1, 2, 2, 2] for a in drawn) and len({tuple(a) for a in drawn}) > 10
 
@@ -144,9 +141,10 @@ def test_pairs_play_the_right_policy_in_the_right_task_from_common_starts(probes
 
 
 def test_m_steps_train_each_policy_on_its_own_tasks_and_the_last_one_is_cut(probes, tmp_path, monkeypatch):
-    script = [np.array([0, 0, 0, 1, 1, 1, 1]), np.array([1, 1, 1, 0, 0, 0, 0]), np.zeros(7, int)]
-    monkeypatch.setattr(em, "assign_tasks", lambda returns: script.pop(0))
-    folder = em.train(small("em", m_step_size=200, total_timesteps=1_000, runs_dir=tmp_path))
+    returns, play = np.array([[5, 5, 5, 0, 0, 0, 0], [0, 0, 0, 5, 5, 5, 5]])[..., None], em.play_pairs     # (n, T, 1)
+    script = [returns, returns[::-1], np.ones((2, 7, 1))]              # a tie goes to policy 0, and policy 1 has none
+    monkeypatch.setattr(em, "play_pairs", lambda *a: play(*a) | ({} if a[4] else {"return": script.pop(0)}))
+    folder = em.train(small("em", m_step_size=200, total_timesteps=1_000, common_starts=False, runs_dir=tmp_path))
     state = em.load_checkpoint(folder)
     assert list(state["e_steps"]) == [0, 400, 800] and state["num_added"] == 500
     assert column(folder, "global_step") == [400, 800, 1_000] and column(folder, "e_step_steps") == [84, 126, 126]

@@ -187,13 +187,14 @@ def test_resuming_restores_all_that_was_saved(script, run, straight, tmp_path, m
 def test_one_process_per_run_and_whole_checkpoints(run, straight, tmp_path, monkeypatch):
     module, folder = importlib.import_module("tabular_em"), tmp_path / "run"
     shutil.copytree(straight("tabular_em"), folder)
-    args = module.read_args(["--resume", str(folder), "--total-timesteps", "60000"])
+    args, handler = module.read_args(["--resume", str(folder), "--total-timesteps", "60000"]), signal.getsignal(2)
     writing = module.Run(args, "grid", ["a"], {})
     with pytest.raises(SystemExit, match="another process"):
         module.train(args)
     writing.log("losses", {"x": float("nan")})
     with pytest.raises(SystemExit, match="losses/x is not finite at step 7"):
         writing.save(7, {})
+    assert signal.getsignal(2) is handler                              # a notebook can be interrupted again
     writing.pending.clear()
     before = (folder / "checkpoint.pt").read_bytes()
     monkeypatch.setattr(torch, "save", lambda state, path: Path(path).write_bytes(b"half"))
@@ -201,8 +202,6 @@ def test_one_process_per_run_and_whole_checkpoints(run, straight, tmp_path, monk
     with pytest.raises(KeyboardInterrupt):                             # killed between writing and renaming
         writing.save(7, {})
     assert (folder / "checkpoint.pt").read_bytes() == before
-    monkeypatch.undo()
-    writing.close()
 
 
 # --- evaluate and measure --------------------------------------------------------------------------------------------
