@@ -17,8 +17,8 @@ make the activations of different tasks nearly orthogonal, and with them the gra
     soft policy evaluation and improvement               update
 
 Differences from the paper, each explained in docs/dgrad_arch_sac.md:
-1. The task network is a table of matrices, one per task and layer, as the one-hot z makes a linear one
-   (--task-net-hidden for one with a hidden layer); the paper states neither its depth nor its scale.
+1. The task network is a table of matrices, one per task and layer, as the one-hot z makes a linear one; the paper
+   states neither its depth nor its scale.
 2. The matrices start orthogonal (--m-init): activations keep their length, which a default initialisation inflates.
 3. Meta-World v3 with 50 goals per task, episodes of 200 or 500 steps, in place of the fixed goals of 2019.
 4. Networks of today, 2 x 256 or 3 x 400; --hidden-sizes 160 160 160 for the paper's, and six of them for its baseline.
@@ -77,7 +77,7 @@ PRESETS = {  # a setting left at None takes its value from here
     "mt50": LARGE | dict(total_timesteps=20_000_000, eval_every=2_000_000, checkpoint_every=2_000_000)}
 STEPS = "environment steps, summed over tasks"
 LOG_EVERY = 2_000                                             # environment steps between writes to TensorBoard
-FIXED = {"env", "method", "tasks", "seed", "m_init", "task_net_hidden", "hidden_sizes", "buffer_size"}   # of a run
+FIXED = {"env", "method", "tasks", "seed", "m_init", "hidden_sizes", "buffer_size"}  # of a run that goes on
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -87,8 +87,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 class Args:
     # three or four quick tasks of Meta-World, or its standard ten or fifty; decides what is None below
     env: Literal["mt3", "mt4", "mt10", "mt50"] = "mt4"
-    # matrix layers; one network told the task by a one-hot; scales and shifts in place of matrices (FiLM)
-    method: Literal["dgrad-a", "sac", "film"] = "dgrad-a"
+    method: Literal["dgrad-a", "sac"] = "dgrad-a"  # matrix layers; one network told the task by a one-hot
     tasks: tuple[Literal[MT50], ...] = ()     # other tasks of Meta-World, such as drawer-open; none: those of --env
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1  # seeds every generator
     total_timesteps: Positive | None = None   # environment steps, summed over tasks; 200_000, mt10 5M, mt50 20M
@@ -104,9 +103,8 @@ class Args:
 
     horizon: Annotated[int, Field(ge=1, le=500)] | None = None  # steps after which an episode is cut off
     num_goals: Annotated[int, Field(ge=1, le=50)] = 50  # goals per task, drawn by the seed; episodes take them in turns
-    # matrices at the start: rotations, variance 1 / width, the plain network; with film diagonal: signs, N(0, 1), ones
+    # dgrad-a's matrices at the start: rotations (None), numbers of variance 1 / width, or the plain network
     m_init: Literal["orthogonal", "gaussian", "identity"] | None = None
-    task_net_hidden: Positive | None = None   # units of a network from the one-hot to matrices; None: a table
     watch_every: Positive = 10                # updates between measurements of gradients, which change nothing
     update_every: Positive = 1                # steps of every environment per update
     learning_starts: Positive | None = None   # random actions per task before the first update
@@ -127,12 +125,9 @@ class Args:
                 setattr(self, name, value)
         if len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"--tasks {' '.join(self.tasks)}: needs different tasks")
-        if self.method == "sac" and (self.m_init or self.task_net_hidden):
-            raise ValueError("--m-init and --task-net-hidden go with --method dgrad-a or film")
-        if self.task_net_hidden and self.m_init not in (None, "gaussian"):
-            raise ValueError(f"--m-init {self.m_init} needs a table; with --task-net-hidden matrices start gaussian")
-        first = "gaussian" if self.task_net_hidden else {"dgrad-a": "orthogonal", "film": "identity"}.get(self.method)
-        self.m_init = self.m_init or first
+        if self.method == "sac" and self.m_init:
+            raise ValueError("--m-init goes with --method dgrad-a")
+        self.m_init = self.m_init or ("orthogonal" if self.method == "dgrad-a" else None)
 
 
 # --- Environments ----------------------------------------------------------------------------------------------------
@@ -213,29 +208,24 @@ class ModularMLP(nn.Module):
     """An MLP that T tasks share, with a layer of the task's own after each hidden one: M(z) relu(W x + b) + beta(z).
 
     All tasks, and C copies of the network (1 for policies, 2 for twin critics), are evaluated at once. What tasks share
-    has a first axis of C, what is a task's own one of C * T. With film M is diagonal, with sac there is none.
+    has a first axis of C, what is a task's own one of C * T. With sac there is no such layer.
     """
 
     def __init__(self, args: Args, copies: int, n_in: int, n_out: int, init=nn.init.xavier_uniform_):
         super().__init__()
-        self.stack, self.film, self.hidden = (copies, len(args.tasks)), args.method == "film", args.task_net_hidden
-        sizes, shared, own = [n_in, *args.hidden_sizes, n_out], [], []
+        self.stack, sizes, shared, own = (copies, len(args.tasks)), [n_in, *args.hidden_sizes, n_out], [], []
         for n_in, n_out in zip(sizes[:-1], sizes[1:]):                 # weight and bias of each layer in turn
             shared += [torch.empty(copies, n_in, n_out), torch.zeros(copies, 1, n_out)]
             for matrix in shared[-2]:
                 init(matrix)
         for width in args.hidden_sizes if args.m_init else ():         # M and beta of each hidden layer in turn
-            number = copies * (self.hidden or len(args.tasks))
-            own += [initial_matrices(number, width, args.m_init, self.film), torch.zeros(number, 1, width)]
-        if self.hidden:                                                # the task network: z -> H units, in place of a
-            own = [stack.view(copies, self.hidden, -1) / math.sqrt(self.hidden / 2) for stack in own]     # table their
-            own.append(torch.randn(copies * len(args.tasks), 1, self.hidden))          # mixture, of the same variance
+            own += [initial_matrices(math.prod(self.stack), width, args.m_init),
+                    torch.zeros(math.prod(self.stack), 1, width)]
         self.params, self.num_shared = nn.ParameterList(shared + own), len(shared)
 
     def forward(self, x: Tensor, params: list[Tensor] | None = None) -> Tensor:
         """(T, B, in) -> (C, T, B, out): row i through the network as task i has it, with other parameters if given."""
         params = list(self.params if params is None else params)
-        units = torch.relu(params.pop()) if self.hidden else None      # of the task network, (C * T, 1, H)
         shared, own = params[:self.num_shared], params[self.num_shared:]
         batch, x = x.shape[-2], x.expand(*self.stack, *x.shape[-2:])
         for weight, bias, matrix, beta in zip_longest(shared[::2], shared[1::2], own[::2], own[1::2]):
@@ -243,22 +233,18 @@ class ModularMLP(nn.Module):
             if weight is not shared[-2]:
                 x = torch.relu_(x)                                     # in place: large activations cost memory traffic
             if matrix is not None:
-                if self.hidden:                                        # (C, T, H) @ (C, H, .) -> (C * T, ., n)
-                    matrix, beta = ((units.view(len(head), -1, self.hidden) @ head).view(len(units), -1, x.shape[-1])
-                                    for head in (matrix, beta))
-                x = x.view(len(beta), batch, -1)
-                x = matrix * x + beta if self.film else torch.baddbmm(beta, x, matrix)
+                x = torch.baddbmm(beta, x.view(len(beta), batch, -1), matrix)
         return x.view(*self.stack, batch, -1)
 
 
-def initial_matrices(number: int, width: int, m_init: str, diagonal: bool) -> Tensor:
-    """Matrices that keep the length of what they turn, (number, n, n), or diagonals that do, (number, 1, n)."""
-    drawn = torch.randn(number, 1 if diagonal else width, width)
+def initial_matrices(number: int, width: int, m_init: str) -> Tensor:
+    """Matrices that keep the length of what they turn, (number, width, width)."""
+    drawn = torch.randn(number, width, width)
     if m_init == "identity":
-        return torch.ones_like(drawn) if diagonal else torch.eye(width).repeat(number, 1, 1)
+        return torch.eye(width).repeat(number, 1, 1)
     if m_init == "orthogonal":
-        return drawn.sign() if diagonal else torch.stack([nn.init.orthogonal_(matrix) for matrix in drawn])
-    return drawn if diagonal else drawn / math.sqrt(width)
+        return torch.stack([nn.init.orthogonal_(matrix) for matrix in drawn])
+    return drawn / math.sqrt(width)
 
 
 class SAC(nn.Module):

@@ -13,8 +13,7 @@ import pcgrad_sac as pc
 
 T, B, OBS, A = 3, 5, 6, 2                                 # tasks, transitions per task, sizes of observation and action
 METHODS = [(pc, "sac", {}), (pc, "multihead", {}), (pc, "pcgrad", {}), (pc, "pcgrad", {"heads": True}),
-           (pc, "pcgrad", {"fixed_order": True}), (dg, "sac", {}), (dg, "dgrad-a", {}), (dg, "film", {}),
-           (dg, "dgrad-a", {"task_net_hidden": 4}), (dg, "film", {"task_net_hidden": 4})]
+           (pc, "pcgrad", {"fixed_order": True}), (dg, "sac", {}), (dg, "dgrad-a", {})]
 THREE = [[1, 0, 0], [-1, 1, 0], [0, -1, 1]]
 
 
@@ -37,14 +36,13 @@ class Plain(nn.Module):
 
     def __init__(self, args, net, copy):
         super().__init__()
-        self.film, end = args.method == "film", 2 * len(args.hidden_sizes) + 2
+        end = 2 * len(args.hidden_sizes) + 2
         params = [param.data.unflatten(0, (net.stack[0], -1))[copy].clone() for param in net.params]
         self.linears = nn.ModuleList(nn.ModuleList(nn.Linear(1, 1) for _ in stack) for stack in params[:end:2])
         for layer, weights, biases in zip(self.linears, params[:end:2], params[1:end:2]):
             for linear, weight, bias in zip(layer, weights, biases):
                 linear.weight.data, linear.bias.data = weight.T, bias[0]
         self.own = nn.ModuleList(nn.ParameterList([*stack]) for stack in params[end:])       # M, beta of each layer
-        self.units = self.own[-1] if getattr(args, "task_net_hidden", None) else None
         self.shared = [p for stack in [*self.linears, *self.own] if len(stack) == 1 for p in stack.parameters()]
 
     def forward(self, x, task):
@@ -53,11 +51,8 @@ class Plain(nn.Module):
             if layer == len(self.linears) - 1:
                 return x
             x, own = x.clamp(min=0), [stack[task % len(stack)] for stack in self.own[2 * layer:2 * layer + 2]]
-            if self.units is not None:                                         # the task network's last layer
-                units = self.units[task][0].clamp(min=0)
-                own = [sum(u * row for u, row in zip(units, rows)).view(-1, x.shape[1]) for rows in own]
             if own:
-                x = (x * own[0] if self.film else x @ own[0]) + own[1]
+                x = x @ own[0] + own[1]
 
     def q(self, obs, actions, task):
         return self(torch.cat([obs, actions], -1), task)[:, 0]
@@ -147,11 +142,9 @@ def test_update_against_plain_modules(script, method, settings):
 
 
 def test_matrices_keep_lengths():
-    turns, signs = (dg.initial_matrices(4, 64, dg.Args().m_init, diagonal) for diagonal in (False, True))
-    assert torch.allclose(turns @ turns.mT, torch.eye(64), atol=1e-5) and (signs.square() == 1).all()
-    cases = [({}, 0, 1 / 16), ({"m_init": "gaussian"}, 0, 1 / 16), ({"m_init": "identity"}, 1 / 256, 1 / 16),
-             ({"method": "film"}, 1, 0), ({"method": "film", "m_init": "gaussian"}, 0, 1),
-             ({"task_net_hidden": 32}, 0, 1 / 64), ({"method": "film", "task_net_hidden": 32}, 0, 1 / 4)]
+    turns = dg.initial_matrices(4, 64, dg.Args().m_init)
+    assert torch.allclose(turns @ turns.mT, torch.eye(64), atol=1e-5)
+    cases = [({}, 0, 1 / 16), ({"m_init": "gaussian"}, 0, 1 / 16), ({"m_init": "identity"}, 1 / 256, 1 / 16)]
     for settings, mean, std in cases:
         matrices, shifts = dg.make_agent(dg.Args(env="mt3", hidden_sizes=(256,), **settings), 9, 4).critic.params[4:6]
         assert not shifts.any() and matrices.mean().item() == pytest.approx(mean, abs=0.07 * std)
@@ -162,7 +155,7 @@ def test_matrices_keep_lengths():
     (pc, {"method": "sac"}, 6, 138_088, 137_601), (dg, {"method": "sac"}, 6, 138_088, 137_601),
     (pc, {"method": "multihead"}, 6, 138_088 + 9 * 1_288, 137_601 + 9 * 161),
     (pc, {"heads": True}, 6, 138_088 + 9 * 1_288, 137_601 + 9 * 161),
-    (dg, {}, 3, 833_608, 60_321 + 772_800), (dg, {"method": "film"}, 3, 60_808 + 9_600, 60_321 + 9_600)])
+    (dg, {}, 3, 833_608, 60_321 + 772_800)])
 def test_shared_layers_and_numbers_of_parameters(script, settings, layers, policy, critic):
     agent = script.make_agent(script.Args(env="mt10", hidden_sizes=(160,) * layers, **settings), 49, 4)
     assert [sum(p.numel() for p in net.parameters()) for net in (agent.actor, agent.critic)] == [policy, 2 * critic]
@@ -212,7 +205,7 @@ def test_fifty_episodes_meet_fifty_goals_once():
     assert len(seen) == len(set(seen)) == 50 and result["return"].shape == result["success"].shape == (1, 50)
 
 
-@pytest.mark.parametrize("script, tasks, method", [(pc, ("reach", "push"), "pcgrad"), (dg, ("reach",), "film")])
+@pytest.mark.parametrize("script, tasks, method", [(pc, ("reach", "push"), "pcgrad"), (dg, ("reach",), "dgrad-a")])
 def test_what_a_short_run_stores_updates_and_measures(script, tasks, method, tmp_path):
     state = pc.load_checkpoint(script.train(script.Args(
         method=method, tasks=tasks, total_timesteps=40 * len(tasks), learning_starts=10, update_every=2, horizon=8,
