@@ -171,6 +171,7 @@ class SimulatedTask:
         except Exception as error:                                     # each platform raises its own
             sys.exit(f"pictures need OpenGL ({error}); without a screen set MUJOCO_GL=egl or MUJOCO_GL=osmesa, with "
                      "that library installed, or leave --capture-video out")
+        mujoco.mj_fwdPosition(self.model, self.data)                   # a reset places neither bodies nor camera
         self.renderer.update_scene(self.data, self.camera)
         return self.renderer.render()
 
