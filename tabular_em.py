@@ -152,8 +152,7 @@ class Trial:
         self.history = []                                              # of E-steps: (global_step, assignment, G)
         if args.method == "random-clusters":                           # n rows of equal size, some slots left empty
             row_size = math.ceil(num_tasks / n)
-            slots = self.rng.sample(range(n * row_size), num_tasks)
-            self.assignment = [slot // row_size for slot in slots]
+            self.assignment = [slot // row_size for slot in self.rng.sample(range(n * row_size), num_tasks)]
         self.e_step(global_step=0)                                     # the first assignment is of untrained policies
 
     def play(self, policy: int, task: int, rng: random.Random) -> tuple[float, float]:
@@ -241,11 +240,10 @@ def train(args: Args) -> Path:
             run.log_evaluation(global_step, result, compare(trials, result["return"].mean(0)))
         if global_step >= args.total_timesteps or run.stop.is_set():
             break
+        previous_step, global_step = global_step, global_step + args.num_policies * args.m_step_size
         for trial in trials:
             for policy in range(args.num_policies):
                 trial.m_step(policy)
-        previous_step, global_step = global_step, global_step + args.num_policies * args.m_step_size
-        for trial in trials:
             trial.e_step(global_step)
         if crossed(previous_step, global_step, args.checkpoint_every):
             save()
@@ -266,8 +264,7 @@ def evaluate(args: Args, trials: list[Trial]) -> dict[str, np.ndarray]:
     for number, trial in enumerate(trials):
         rng = random.Random(f"evaluation of trial {number} of seed {args.seed}")
         played.append([trial.play(policy, task, rng) for task, policy in enumerate(trial.assignment)])
-    returns, successes = np.array(played).T                            # from (trials, T, 2)
-    return {"return": returns, "success": successes}
+    return dict(zip(("return", "success"), np.array(played).T))        # from (trials, T, 2)
 
 
 def compare(trials: list[Trial], own: np.ndarray) -> dict[str, float]:
