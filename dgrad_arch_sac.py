@@ -66,15 +66,14 @@ from tqdm import tqdm
 # --- Settings --------------------------------------------------------------------------------------------------------
 MT10, MT50 = (tuple(name.removesuffix("-v3") for name in names) for names in
               (metaworld.env_dict.MT10_V3, metaworld.env_dict.MT50_V3))
-FAMILIES = {"mt3": ("reach", "drawer-close", "window-close"), "mt10": MT10, "mt50": MT50,
-            "mt4": ("reach", "drawer-close", "button-press-topdown", "window-close")}
 SMALL = dict(horizon=200, hidden_sizes=(256, 256), batch_size=64, critic_lr=1e-3, learning_starts=1_000,
              total_timesteps=200_000, eval_every=20_000, checkpoint_every=40_000)
 LARGE = dict(horizon=500, hidden_sizes=(400, 400, 400), batch_size=128, critic_lr=3e-4, learning_starts=4_000)
 PRESETS = {  # a setting left at None takes its value from here
-    "mt3": SMALL, "mt4": SMALL,
-    "mt10": LARGE | dict(total_timesteps=5_000_000, eval_every=200_000, checkpoint_every=200_000),
-    "mt50": LARGE | dict(total_timesteps=20_000_000, eval_every=2_000_000, checkpoint_every=2_000_000)}
+    "mt3": SMALL | dict(tasks=("reach", "drawer-close", "window-close")),
+    "mt4": SMALL | dict(tasks=("reach", "drawer-close", "button-press-topdown", "window-close")),
+    "mt10": LARGE | dict(tasks=MT10, total_timesteps=5_000_000, eval_every=200_000, checkpoint_every=200_000),
+    "mt50": LARGE | dict(tasks=MT50, total_timesteps=20_000_000, eval_every=2_000_000, checkpoint_every=2_000_000)}
 STEPS = "environment steps, summed over tasks"
 LOG_EVERY = 2_000                                             # environment steps between writes to TensorBoard
 FIXED = {"env", "method", "tasks", "seed", "m_init", "hidden_sizes", "buffer_size"}  # of a run that goes on
@@ -88,7 +87,7 @@ class Args:
     # three or four quick tasks of Meta-World, or its standard ten or fifty; decides what is None below
     env: Literal["mt3", "mt4", "mt10", "mt50"] = "mt4"
     method: Literal["dgrad-a", "sac"] = "dgrad-a"  # matrix layers; one network told the task by a one-hot
-    tasks: tuple[Literal[MT50], ...] = ()     # other tasks of Meta-World, such as drawer-open; none: those of --env
+    tasks: tuple[Literal[MT50], ...] | None = None  # other tasks of Meta-World, such as drawer-open
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1  # seeds every generator
     total_timesteps: Positive | None = None   # environment steps, summed over tasks; 200_000, mt10 5M, mt50 20M
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where the networks live
@@ -119,7 +118,6 @@ class Args:
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
 
     def __post_init__(self):
-        self.tasks = self.tasks or FAMILIES[self.env]
         for name, value in PRESETS[self.env].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -134,73 +132,56 @@ class Args:
 metaworld_benchmark = cache(metaworld.MT1)     # a task's class, and the fifty pairs of goal and start of a seed
 
 
-class MetaWorldTask:
-    """A task of Meta-World v3, reward v2 (0 to 10 a step), which never terminates; an episode has one of `num_goals`.
+class MetaWorldTasks:
+    """An environment of Meta-World v3 per task, reward v2 (0 to 10 a step). `obs` is what to act on, (T, 39 + T).
 
-    Observation (39 + T,): hand, gripper and objects, the same one step earlier, the goal, and the task, one-hot of T.
-    Action (4,): displacement of the hand / 1 cm, and the closing of the fingers.
+    Observation of a task: hand, gripper and objects, the same one step earlier, the goal, and the task as a one-hot.
+    Action (4,): displacement of the hand / 1 cm, and the closing of the fingers. No task ever terminates: all episodes
+    are cut off together, after `horizon` steps, and the next ones begin.
     """
 
-    def __init__(self, name: str, one_hot: np.ndarray, seed: int, num_goals: int):
-        benchmark = metaworld_benchmark(f"{name}-v3", seed=seed)
-        self.env, self.renderer = benchmark.train_classes[f"{name}-v3"](), None
-        self.goals, self.queue, self.one_hot = benchmark.train_tasks[:num_goals], [], one_hot
-
-    def reset(self, rng: np.random.Generator) -> np.ndarray:
-        """First observation of an episode with the next goal; each comes once before one comes again."""
-        self.queue = self.queue or rng.permutation(len(self.goals)).tolist()
-        self.env.set_task(self.goals[self.queue.pop()])
-        return np.concatenate([self.env.reset()[0], self.one_hot], dtype=np.float32)
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, dict]:
-        """Observation, reward, termination, and whether this step succeeds."""
-        obs, reward, _, _, info = self.env.step(np.clip(action, -1.0, 1.0))
-        return np.concatenate([obs, self.one_hot], dtype=np.float32), reward, False, {"success": info["success"]}
-
-    def render(self) -> np.ndarray:
-        """What a camera sees, (480, 480, 3) uint8."""
-        try:
-            self.renderer = self.renderer or mujoco.Renderer(self.env.model, 480, 480)
-        except Exception as error:                                     # each backend of OpenGL raises its own
-            sys.exit(f"pictures need OpenGL ({error}); without a screen set MUJOCO_GL=egl or MUJOCO_GL=osmesa and "
-                     "install it, or leave --capture-video out")
-        self.renderer.update_scene(self.env.data, "corner2")
-        return self.renderer.render()[::-1, ::-1]                      # Meta-World's camera hangs upside down
-
-
-class TaskEnvs:
-    """One environment per task, stepped in turn; what is over begins anew. `obs` is what to act on, (T, O)."""
-
-    def __init__(self, envs: list, horizon: int, rng: np.random.Generator):
-        self.envs, self.horizon, self.rng = envs, horizon, rng
+    def __init__(self, args: Args, rng: np.random.Generator):
+        benchmarks = {f"{name}-v3": metaworld_benchmark(f"{name}-v3", seed=args.seed) for name in args.tasks}
+        self.envs = [benchmark.train_classes[name]() for name, benchmark in benchmarks.items()]
+        self.goals = [benchmark.train_tasks[:args.num_goals] for benchmark in benchmarks.values()]
+        self.horizon, self.rng, self.queue, self.renderers = args.horizon, rng, [], []
         self.reset()
 
     def reset(self) -> None:
-        """New episodes in all tasks."""
-        self.obs = np.stack([env.reset(self.rng) for env in self.envs])
-        self.episodes = [{"episodic_return": 0.0, "episodic_length": 0} for _ in self.envs]
+        """New episodes, in each task with its next goal; each goal comes once before one comes again."""
+        self.queue = self.queue or list(zip(*(self.rng.permutation(len(goals)) for goals in self.goals)))
+        for env, goals, index in zip(self.envs, self.goals, self.queue.pop()):
+            env.set_task(goals[index])
+        obs = [env.reset()[0] for env in self.envs]
+        self.obs = np.hstack([obs, np.eye(len(obs))], dtype=np.float32)
+        self.episodes = {key: np.zeros(len(obs)) for key in ("episodic_return", "episodic_length", "success")}
 
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, dict]]:
-        """Actions (T, A) -> observations that they lead to (T, O), rewards, terminations (T,), and episodes that end.
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """Actions (T, A) -> observations that they lead to (T, O), rewards (T,), and episodes that end here.
 
-        The last is {task: return, length, and what else the environment reports, its largest value of the episode}.
+        The last is {} or their return, length, and whether any step was a success, (T,) each.
         """
-        next_obs, rewards, terminations, infos = zip(*(env.step(a) for env, a in zip(self.envs, actions)))
-        self.obs, ended = np.stack(next_obs), {}
-        for i, (episode, info) in enumerate(zip(self.episodes, infos)):
-            episode["episodic_return"] += float(rewards[i])
-            episode["episodic_length"] += 1
-            episode |= {key: max(episode.get(key, 0.0), float(value)) for key, value in info.items()}
-            if terminations[i] or episode["episodic_length"] == self.horizon:
-                ended[i], self.episodes[i] = episode, {"episodic_return": 0.0, "episodic_length": 0}
-                self.obs[i] = self.envs[i].reset(self.rng)
-        return np.stack(next_obs), np.array(rewards), np.array(terminations), ended
+        obs, rewards, _, _, infos = zip(*(env.step(a) for env, a in zip(self.envs, np.clip(actions, -1.0, 1.0))))
+        next_obs = self.obs = np.hstack([obs, np.eye(len(obs))], dtype=np.float32)
+        episodes = self.episodes
+        episodes["episodic_return"] += rewards
+        episodes["episodic_length"] += 1
+        episodes["success"] = np.maximum(episodes["success"], [info["success"] for info in infos])
+        if episodes["episodic_length"][0] < self.horizon:
+            return next_obs, np.array(rewards), {}
+        self.reset()
+        return next_obs, np.array(rewards), episodes
 
-
-def make_envs(args: Args, rng: np.random.Generator) -> TaskEnvs:
-    """The tasks of the run, with starts drawn from `rng`."""
-    rows = zip(args.tasks, np.eye(len(args.tasks)))
-    return TaskEnvs([MetaWorldTask(name, row, args.seed, args.num_goals) for name, row in rows], args.horizon, rng)
+    def render(self) -> np.ndarray:
+        """What a camera sees of each task, side by side, (240, 240 T, 3) uint8."""
+        try:
+            self.renderers = self.renderers or [mujoco.Renderer(env.model, 240, 240) for env in self.envs]
+        except Exception as error:                                     # each backend of OpenGL raises its own
+            sys.exit(f"pictures need OpenGL ({error}); without a screen set MUJOCO_GL=egl or MUJOCO_GL=osmesa and "
+                     "install it, or leave --capture-video out")
+        for env, renderer in zip(self.envs, self.renderers):
+            renderer.update_scene(env.data, "corner2")                 # hangs upside down
+        return np.hstack([renderer.render()[::-1, ::-1] for renderer in self.renderers])
 
 
 # --- Networks --------------------------------------------------------------------------------------------------------
@@ -401,18 +382,18 @@ def evaluate(args: Args, act, stopped=lambda: False) -> dict[str, np.ndarray] | 
     Returns:
         return and success, (T, episodes) each; None as soon as `stopped` says so.
     """
-    envs, episodes, frames = make_envs(args, np.random.default_rng([args.seed, 1])), [[] for _ in args.tasks], []
-    while min(map(len, episodes)) < args.eval_episodes:
+    envs, episodes, frames = MetaWorldTasks(args, np.random.default_rng([args.seed, 1])), [], []
+    while len(episodes) < args.eval_episodes:
         if stopped():
             return None
-        if args.capture_video and not all(episodes) and envs.episodes[0]["episodic_length"] % 4 == 0:
-            frames.append(np.hstack([env.render()[::2, ::2] for env in envs.envs]))
-        for task, episode in envs.step(act(envs.obs))[-1].items():
-            episodes[task].append(episode)
+        if args.capture_video and not episodes and envs.episodes["episodic_length"][0] % 4 == 0:
+            frames.append(envs.render())
+        if ended := envs.step(act(envs.obs))[-1]:
+            episodes.append(ended)
     if frames:
         imageio.mimsave(args.evaluate / "tasks.gif", frames, duration=60, loop=0)
-    return {kind: np.array([[episode[key] for episode in row[:args.eval_episodes]] for row in episodes])
-            for kind, key in (("return", "episodic_return"), ("success", "success"))}
+    return {key.removeprefix("episodic_"): np.stack([episode[key] for episode in episodes], axis=1)
+            for key in ("episodic_return", "success")}
 
 
 def train(args: Args) -> Path:
@@ -422,8 +403,7 @@ def train(args: Args) -> Path:
         torch.set_float32_matmul_precision("medium")   # oneDNN's products, often faster; others would round to bfloat16
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)                             # starts, replay indices, random actions
-    num_tasks, envs = len(args.tasks), make_envs(args, rng)
-    obs_size, action_size = envs.obs.shape[1], 4
+    num_tasks, obs_size, action_size = len(args.tasks), 39 + len(args.tasks), 4
     agent = make_agent(args, obs_size, action_size)
     optimizers = {"actor": torch.optim.Adam(agent.actor.parameters(), args.lr, fused=True),
                   "critic": torch.optim.Adam(agent.critic.parameters(), args.critic_lr, fused=True),
@@ -454,8 +434,8 @@ def train(args: Args) -> Path:
         buffer.data[:, :len(buffer)] = state["buffer"].to(args.device)
         rng.bit_generator.state = json.loads(state["rng"])
         torch.set_rng_state(state["torch_rng"])
-        envs.reset()
         tqdm.write("the simulators' states are not saved: the run goes on with fresh episodes")
+    envs = MetaWorldTasks(args, rng)
 
     def save() -> None:
         run.save(global_step, dict(
@@ -470,7 +450,7 @@ def train(args: Args) -> Path:
             count = watched.pop("count", 1)
             means, watched = {key: total / count for key, total in watched.items()}, {}
             run.log_evaluation(global_step, result, {key: mean for key, mean in means.items() if mean.ndim == 0})
-            history.append((global_step, means))
+            history += [(global_step, means)] if means else []         # one task has none
         if global_step >= args.total_timesteps or run.stop.is_set():
             break
 
@@ -478,11 +458,10 @@ def train(args: Args) -> Path:
         filling = global_step < num_tasks * args.learning_starts
         obs = envs.obs
         actions = rng.uniform(-1, 1, (num_tasks, action_size)) if filling else act(obs, explore=True)
-        next_obs, rewards, terminations, ended = envs.step(actions)
+        next_obs, rewards, ended = envs.step(actions)
         global_step += num_tasks
-        buffer.add(obs, actions, rewards, next_obs, terminations)
-        for task, episode in ended.items():
-            run.log(f"tasks/{args.tasks[task]}", episode)
+        buffer.add(obs, actions, rewards, next_obs, np.zeros(num_tasks))                    # nothing terminates
+        run.log("tasks", ended)
 
         # Update: plain SAC on the mean of the tasks' losses ---------------------------------------------------
         if not filling and buffer.num_added % args.update_every == 0:
@@ -497,8 +476,9 @@ def train(args: Args) -> Path:
         if crossed(global_step - num_tasks, global_step, args.checkpoint_every):
             save()
     save()
-    if not run.stop.is_set():
+    if history:
         plot_conflicts(run.dir, args.tasks, history)
+    if not run.stop.is_set():
         print_table(args.tasks, result)
     run.close()
     return run.dir
@@ -507,13 +487,10 @@ def train(args: Args) -> Path:
 # --- Picture of the method -------------------------------------------------------------------------------------------
 def plot_conflicts(folder: Path, names: list[str], history: list) -> None:
     """conflicts.png: cosines between the tasks' gradients, four times over training."""
-    known = [(step, means) for step, means in history if means]
-    if not known:
-        return
     figure = Figure(figsize=(14, 6), layout="constrained")
     axes = figure.subplots(2, 4)
     for row, network in zip(axes, ("critic", "actor")):
-        for axis, (step, means) in zip(row, [known[round(i * (len(known) - 1) / 3)] for i in range(4)]):
+        for axis, (step, means) in zip(row, [history[round(i * (len(history) - 1) / 3)] for i in range(4)]):
             image = axis.imshow(means[f"{network}_cosines"].numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
             axis.set(xticks=[], title=f"{network}, {step:,} steps")
             axis.set_yticks(range(len(names)), names if axis is row[0] else [""] * len(names), fontsize=7)
