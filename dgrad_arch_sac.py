@@ -66,12 +66,11 @@ from tqdm import tqdm
 # --- Settings --------------------------------------------------------------------------------------------------------
 MT10, MT50 = (tuple(name.removesuffix("-v3") for name in names) for names in
               (metaworld.env_dict.MT10_V3, metaworld.env_dict.MT50_V3))
-SMALL = dict(horizon=200, hidden_sizes=(256, 256), batch_size=64, critic_lr=1e-3, learning_starts=1_000,
-             total_timesteps=200_000, eval_every=20_000, checkpoint_every=40_000)
 LARGE = dict(horizon=500, hidden_sizes=(400, 400, 400), batch_size=128, critic_lr=3e-4, learning_starts=4_000)
 PRESETS = {  # a setting left at None takes its value from here
-    "mt3": SMALL | dict(tasks=("reach", "drawer-close", "window-close")),
-    "mt4": SMALL | dict(tasks=("reach", "drawer-close", "button-press-topdown", "window-close")),
+    "mt4": dict(tasks=("reach", "drawer-close", "button-press-topdown", "window-close"), horizon=200,
+                hidden_sizes=(256, 256), batch_size=64, critic_lr=1e-3, learning_starts=1_000,
+                total_timesteps=200_000, eval_every=20_000, checkpoint_every=40_000),
     "mt10": LARGE | dict(tasks=MT10, total_timesteps=5_000_000, eval_every=200_000, checkpoint_every=200_000),
     "mt50": LARGE | dict(tasks=MT50, total_timesteps=20_000_000, eval_every=2_000_000, checkpoint_every=2_000_000)}
 STEPS = "environment steps, summed over tasks"
@@ -84,8 +83,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 @dataclass
 class Args:
-    # three or four quick tasks of Meta-World, or its standard ten or fifty; decides what is None below
-    env: Literal["mt3", "mt4", "mt10", "mt50"] = "mt4"
+    env: Literal["mt4", "mt10", "mt50"] = "mt4"  # four quick tasks of Meta-World, its ten or 50; decides what is None
     method: Literal["dgrad-a", "sac"] = "dgrad-a"  # matrix layers; one network told the task by a one-hot
     tasks: tuple[Literal[MT50], ...] | None = None  # other tasks of Meta-World, such as drawer-open
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1  # seeds every generator

@@ -146,7 +146,7 @@ def test_matrices_keep_lengths():
     assert torch.allclose(turns @ turns.mT, torch.eye(64), atol=1e-5)
     cases = [({}, 0, 1 / 16), ({"m_init": "gaussian"}, 0, 1 / 16), ({"m_init": "identity"}, 1 / 256, 1 / 16)]
     for settings, mean, std in cases:
-        matrices, shifts = dg.make_agent(dg.Args(env="mt3", hidden_sizes=(256,), **settings), 9, 4).critic.params[4:6]
+        matrices, shifts = dg.make_agent(dg.Args(hidden_sizes=(256,), **settings), 9, 4).critic.params[4:6]
         assert not shifts.any() and matrices.mean().item() == pytest.approx(mean, abs=0.07 * std)
         assert matrices.std().item() == pytest.approx(std, rel=0.03)
 
