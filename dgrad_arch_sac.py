@@ -112,8 +112,7 @@ class Args:
     critic_lr: Share | None = None            # Adam step size of critics and temperatures
     gamma: Share = 0.99                       # discount factor
     tau: Share = 0.005                        # Polyak coefficient: share of the online critics in a step of targets
-    # L2 norm to which gradients are clipped, actor and critics apart
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0  # gradients are clipped to this L2 norm, actor and critics apart
 
     def __post_init__(self):
         for name, value in PRESETS[self.env].items():
@@ -315,11 +314,8 @@ def task_gradients(net: nn.Module, loss_of) -> tuple[list[Tensor], Tensor]:
 
 
 def conflict_summary(network: str, task_grads: Tensor) -> dict[str, Tensor]:
-    """How the tasks' gradients, (T, P), stand to each other.
-
-    Returns:
-        The cosines of all pairs, (T, T); over pairs of two tasks their mean, the mean of their absolute values, and the
-        share of conflicts, those below 0.
+    """Cosines between the tasks' gradients, (T, P): of all pairs, (T, T), and over pairs of two tasks their mean, the
+    mean of their absolute values, and the share of conflicts, those below 0.
     """
     unit = nn.functional.normalize(task_grads, dim=1)
     cosines = (unit @ unit.T).cpu()
@@ -373,12 +369,9 @@ def update(args: Args, agent: SAC, optimizers: dict, batch: list[Tensor], watch:
 
 # --- Training --------------------------------------------------------------------------------------------------------
 def evaluate(args: Args, act, stopped=lambda: False) -> dict[str, np.ndarray] | None:
-    """--eval-episodes episodes of every task, in environments with a generator of their own.
+    """Return and success of --eval-episodes episodes per task, (T, episodes) each; None as soon as `stopped` says so.
 
-    Args:
-        act: observations (T, O) -> actions (T, A).
-    Returns:
-        return and success, (T, episodes) each; None as soon as `stopped` says so.
+    `act` turns observations, (T, O), into actions, (T, A). The environments have a generator of their own.
     """
     envs, episodes, frames = MetaWorldTasks(args, np.random.default_rng([args.seed, 1])), [], []
     while len(episodes) < args.eval_episodes:
