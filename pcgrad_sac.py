@@ -204,10 +204,9 @@ class TaskMLP(nn.Module):
         """
         params, rows = list(self.params if params is None else params), x.shape[-3:-1]
         x = x.expand(self.stack[0], *x.shape[-3:])
-        for layer in range(0, len(params), 2):
-            weight, bias = params[layer:layer + 2]
+        for weight, bias in zip(params[::2], params[1::2]):
             x = torch.baddbmm(bias, x.reshape(len(weight), -1, x.shape[-1]), weight)
-            if layer < len(params) - 2:
+            if weight is not params[-2]:
                 x = torch.relu_(x)                                     # in place: large activations cost memory traffic
         return x.view(self.stack[0], *rows, -1)
 
