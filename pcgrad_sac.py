@@ -266,9 +266,8 @@ class ReplayBuffer:
 
 def check_memory(num_bytes: int, capacity: int) -> None:
     """End with one sentence where a replay is larger than the memory of this machine, or of the container it is."""
-    limit, have = Path("/sys/fs/cgroup/memory.max"), math.inf
-    if hasattr(os, "sysconf"):                                         # not on Windows
-        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf    # Windows
+    limit = Path("/sys/fs/cgroup/memory.max")
     if limit.exists() and limit.read_text().strip().isdigit():
         have = min(have, int(limit.read_text()))
     if num_bytes > 0.9 * have:
