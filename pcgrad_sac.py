@@ -25,7 +25,6 @@ Differences from the paper, each explained in docs/pcgrad_sac.md:
     python pcgrad_sac.py                                  # four tasks, gradient surgery
     python pcgrad_sac.py --method sac --seed 2            # the same networks without
     python pcgrad_sac.py --env mt10 --total-timesteps 20_000_000
-    python pcgrad_sac.py --tasks drawer-open drawer-close window-open window-close
 """
 from __future__ import annotations
 
@@ -82,8 +81,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 @dataclass
 class Args:
     env: Literal["mt4", "mt10", "mt50"] = "mt4"  # four quick tasks of Meta-World, its ten or 50; decides what is None
-    # gradient surgery; one network told the task by a one-hot; the same with a head per task
-    method: Literal["pcgrad", "sac", "multihead"] = "pcgrad"
+    method: Literal["pcgrad", "sac", "multihead"] = "pcgrad"  # surgery; one network told the task; the same with heads
     tasks: tuple[Literal[MT50], ...] | None = None  # other tasks of Meta-World, such as drawer-open
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1  # seeds every generator
     total_timesteps: Positive | None = None   # environment steps, summed over tasks; 200_000, mt10 5M, mt50 20M
