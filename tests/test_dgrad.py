@@ -191,7 +191,7 @@ def test_tasks_are_meta_worlds_and_success_is_that_of_any_step():
     for t in range(100):
         action = policy.get_action(obs) if t < 80 else np.array([0, -3.0, 1, 0])                  # arrives, then leaves
         assert envs.obs[1] == pytest.approx([*obs, 0, 1], abs=1e-6) and envs.obs.dtype == np.float32
-        next_obs, rewards, ended = envs.step(np.array([np.zeros(4), action]))
+        next_obs, rewards, ended = envs.step(np.array([np.zeros(4), action], action.dtype))
         obs, reward, _, _, info = stock.step(action.clip(-1, 1))
         total += reward
         assert next_obs[1] == pytest.approx([*obs, 0, 1], abs=1e-6) and rewards[1] == reward
