@@ -51,8 +51,7 @@ class Plain(nn.Module):
             if layer == len(self.linears) - 1:
                 return x
             x, own = x.clamp(min=0), [stack[task % len(stack)] for stack in self.own[2 * layer:2 * layer + 2]]
-            if own:
-                x = x @ own[0] + own[1]
+            x = x @ own[0] + own[1] if own else x
 
     def q(self, obs, actions, task):
         return self(torch.cat([obs, actions], -1), task)[:, 0]
@@ -144,11 +143,10 @@ def test_update_against_plain_modules(script, method, settings):
 def test_matrices_keep_lengths():
     turns = dg.initial_matrices(4, 64, dg.Args().m_init)
     assert torch.allclose(turns @ turns.mT, torch.eye(64), atol=1e-5)
-    cases = [({}, 0, 1 / 16), ({"m_init": "gaussian"}, 0, 1 / 16), ({"m_init": "identity"}, 1 / 256, 1 / 16)]
-    for settings, mean, std in cases:
-        matrices, shifts = dg.make_agent(dg.Args(hidden_sizes=(256,), **settings), 9, 4).critic.params[4:6]
-        assert not shifts.any() and matrices.mean().item() == pytest.approx(mean, abs=0.07 * std)
-        assert matrices.std().item() == pytest.approx(std, rel=0.03)
+    for m_init, mean in ((None, 0), ("gaussian", 0), ("identity", 1 / 256)):
+        matrices, shifts = dg.make_agent(dg.Args(m_init=m_init, hidden_sizes=(256,)), 9, 4).critic.params[4:6]
+        assert not shifts.any() and matrices.mean().item() == pytest.approx(mean, abs=0.005)
+        assert matrices.std().item() == pytest.approx(1 / 16, rel=0.03)
 
 
 @pytest.mark.parametrize("script, settings, layers, policy, critic", [                 # counts of the sheet, for MT10

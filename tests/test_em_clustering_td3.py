@@ -141,7 +141,7 @@ def test_pairs_play_the_right_policy_in_the_right_task_from_common_starts(probes
 
 
 def test_m_steps_train_each_policy_on_its_own_tasks_and_the_last_one_is_cut(probes, tmp_path, monkeypatch):
-    returns, play = np.array([[5, 5, 5, 0, 0, 0, 0], [0, 0, 0, 5, 5, 5, 5]])[..., None], em.play_pairs     # (n, T, 1)
+    returns, play = np.array([[5, 0, 0, 0, 0, 0, 0], [0, 5, 5, 5, 5, 5, 5]])[..., None], em.play_pairs     # (n, T, 1)
     script = [returns, returns[::-1], np.ones((2, 7, 1))]              # a tie goes to policy 0, and policy 1 has none
     monkeypatch.setattr(em, "play_pairs", lambda *a: play(*a) | ({} if a[4] else {"return": script.pop(0)}))
     folder = em.train(small("em", m_step_size=200, total_timesteps=1_000, common_starts=False, runs_dir=tmp_path))
@@ -149,7 +149,7 @@ def test_m_steps_train_each_policy_on_its_own_tasks_and_the_last_one_is_cut(prob
     assert list(state["e_steps"]) == [0, 400, 800] and state["num_added"] == 500
     assert column(folder, "global_step") == [400, 800, 1_000] and column(folder, "e_step_steps") == [84, 126, 126]
     task, left = state["buffer"][..., 4:6].unbind(-1)                  # after each transition, (n, 500)
-    for policy, tasks in enumerate([[{0, 1, 2}, {3, 4, 5, 6}, {*range(7)}], [{3, 4, 5, 6}, {0, 1, 2}, {*range(7)}]]):
+    for policy, tasks in enumerate([[{0}, {*range(1, 7)}, {*range(7)}], [{*range(1, 7)}, {0}, {*range(7)}]]):
         assert [set(task[policy, a:b].tolist()) for a, b in ((0, 200), (200, 400), (400, 500))] == tasks
         assert left[policy, [0, 200, 400]].tolist() == [2, 2, 2]       # episodes do not outlive their assignment
 

@@ -17,17 +17,19 @@ def make(method="separated", tasks=(0, 1, 2), **settings):
     return args, qmp.make_agent(args, 4, 2)
 
 
-def deterministic(agent, means):
-    """Policies that always act tanh(means[j]) in both dimensions, whatever they see."""
+def deterministic(agent, means, monkeypatch):
+    """Policies that always act tanh(means[j]) in both dimensions; returns the list of what they get to see."""
     for param in agent.actor.params:
         param.data.zero_()
     agent.actor.params[-1].data[:, 0, :2] = torch.tensor(means)[:, None]
-    agent.actor.params[-1].data[:, 0, 2:] = -20.0
+    agent.actor.params[-1].data[:, 0, 2:], seen, policy = -20.0, [], agent.policy
+    monkeypatch.setattr(agent, "policy", lambda obs: seen.append(obs) or policy(obs))
+    return seen
 
 
 def test_the_switch_takes_what_each_tasks_own_critic_prefers(monkeypatch):
     args, agent = make("qmp")
-    deterministic(agent, [-1.0, 0.0, 1.0])
+    seen = deterministic(agent, [-1.0, 0.0, 1.0], monkeypatch)
     sign = torch.tensor([1.0, -1.0, 1.0])[:, None]                     # task 1's critic likes what others dislike
     states = np.arange(12, dtype=np.float32).reshape(3, 4)
 
@@ -39,6 +41,7 @@ def test_the_switch_takes_what_each_tasks_own_critic_prefers(monkeypatch):
     assert chosen.tolist() == [2, 0, 2] and actions[:, 0] == pytest.approx(np.tanh([1, -1, 1]), abs=1e-4)
     actions, chosen = qmp.behave(args, agent, states, "separated")
     assert chosen.tolist() == [0, 1, 2] and actions[:, 1] == pytest.approx(np.tanh([-1, 0, 1]), abs=1e-4)
+    assert np.array_equal(seen[0], states[None].repeat(3, 0)) and np.array_equal(seen[1], states[:, None])   # of all, own
     args.switch_action, args.switch_q = "mean", "q1"                   # the released switch: means, by the first twin
     agent.actor.params[-1].data[:, 0, 2:] = 2.0                        # samples are mostly noise
     assert [qmp.behave(args, agent, states, "qmp")[1].tolist() for _ in range(3)] == [[0, 2, 0]] * 3
@@ -46,15 +49,15 @@ def test_the_switch_takes_what_each_tasks_own_critic_prefers(monkeypatch):
 
 def test_the_control_picks_among_samples_of_the_own_policy(monkeypatch):
     args, agent = make("qmp-own")
-    deterministic(agent, [-1.0, 0.0, 1.0])
+    states, seen = np.eye(3, 4, dtype=np.float32), deterministic(agent, [-1.0, 0.0, 1.0], monkeypatch)
     agent.actor.params[-1].data[:, 0, 2:] = -3.0                       # a little noise, so that samples differ
     monkeypatch.setattr(agent, "q", lambda critic, obs, actions: actions[..., 0].expand(2, -1, -1))
     torch.manual_seed(1)
-    actions, chosen = qmp.behave(args, agent, np.zeros((3, 4), np.float32), "qmp-own")
+    actions, chosen = qmp.behave(args, agent, states, "qmp-own")
     torch.manual_seed(1)
     samples = torch.tanh(torch.tensor([-1.0, 0.0, 1.0])[:, None, None] + np.exp(-3) * torch.randn(3, 3, 2))
     best = samples[..., 0].argmax(1)
-    assert chosen.tolist() == [0, 1, 2]                                # nothing is borrowed
+    assert chosen.tolist() == [0, 1, 2] and np.array_equal(seen[0], states[:, None].repeat(3, 1))    # nothing borrowed
     assert actions == pytest.approx(samples[torch.arange(3), best].numpy(), abs=1e-5)
 
 
