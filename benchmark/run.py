@@ -91,12 +91,13 @@ class Job:
         path.parent.mkdir(parents=True, exist_ok=True)
         for picture in self.run_folder().glob("*.png") if self.seed == 1 else ():
             shutil.copy(picture, path.parent / f"{self.csv.stem}-{picture.name}")
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "*.py"], cwd=ROOT).returncode == 1
         with FileLock(self.folder.parent / "lock"):                    # other processes keep theirs at the same time
             known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             known[self.csv.stem] = {
                 "command": self.typed, "tasks": about["args"].get("tasks") or about["args"].get("games"),
-                "steps": step, "hours": round(seconds / 3600, 2), "commit": commit.stdout.strip(),
+                "steps": step, "hours": round(seconds / 3600, 2), "commit": commit.stdout.strip() + "-dirty" * changed,
                 "versions": {name: number for name, number in about["versions"].items() if name.lower() in PACKAGES},
                 "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread"}
             path.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
