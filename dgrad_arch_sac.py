@@ -83,9 +83,9 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 @dataclass
 class Args:
-    env: Literal["mt4", "mt10", "mt50"] = "mt4"  # four quick tasks of Meta-World, its ten or 50; decides what is None
+    env: Literal["mt4", "mt10", "mt50"] = "mt4"  # four quick tasks of Meta-World, or its 10 or 50; sets what is None
     method: Literal["dgrad-a", "sac"] = "dgrad-a"  # matrix layers; one network told the task by a one-hot
-    tasks: tuple[Literal[MT50], ...] | None = None  # other tasks of Meta-World, such as drawer-open
+    tasks: tuple[Literal[MT50], ...] | None = None  # other tasks, such as drawer-open; None: those of --env
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1  # seeds every generator
     total_timesteps: Positive | None = None   # environment steps, summed over tasks; 200_000, mt10 5M, mt50 20M
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where the networks live
@@ -116,8 +116,7 @@ class Args:
 
     def __post_init__(self):
         for name, value in PRESETS[self.env].items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
+            setattr(self, name, getattr(self, name) or value)
         if len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"--tasks {' '.join(self.tasks)}: needs different tasks")
         if self.method == "sac" and self.m_init:

@@ -65,7 +65,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 # --- Settings --------------------------------------------------------------------------------------------------------
-PENDULUM = dict(  # {method: value}, where it depends on the method; methods that are missing there do without
+PENDULUM = dict(  # {method: value} where it depends on the method; without "else" other methods have no such setting
     hidden_sizes={"multihead": (96, 64), "surgery": (128, 128), "else": (64, 64)}, lr=3e-3, batch_size=128,
     update_every=1, exploration_noise=0.05, smoothing_noise=0.1, buffer_size=2_000_000, total_timesteps=1_000_000,
     eval_every=50_000, eval_episodes=20, num_policies={"em": 4, "random-clusters": 4}, m_step_size={"em": 50_000},
@@ -560,7 +560,8 @@ def train(args: Args) -> Path:
         obs = np.stack([episode.obs for episode in episodes])          # (n, O)
         actions = agent.act(obs[:, None], args.exploration_noise)[:, 0]
         if not np.isfinite(actions).all():                             # a walker's simulator would not survive it
-            sys.exit(f"actions are not finite at step {global_step:,}; a smaller --lr is the usual remedy")
+            run.close()
+            sys.exit(f"actions are not finite at step {global_step:,}; resume {run.dir} with a smaller --lr")
         rewards, terminations = np.array([episode.step(action) for episode, action in zip(episodes, actions)]).T
         buffer.add(obs, actions, rewards, np.stack([episode.obs for episode in episodes]), terminations)
         global_step += n
